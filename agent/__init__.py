@@ -1,0 +1,1 @@
+"""What makes a run: engines, sandbox, tools, tasks, chat format and the episode loop."""

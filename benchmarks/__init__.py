@@ -1,0 +1,1 @@
+"""The project's claims, as commands that reproduce them."""

@@ -1,0 +1,1 @@
+"""Trajectories to Monte-Carlo evidence to labels."""

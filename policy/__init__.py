@@ -1,0 +1,1 @@
+"""Scores to a better policy; synthesis and warm-up."""

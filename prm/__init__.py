@@ -1,0 +1,1 @@
+"""Labels to a process reward model to per-action scores."""

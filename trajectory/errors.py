@@ -1,0 +1,13 @@
+"""The one exception that means "the user's input is wrong".
+
+Exception tree of the project (each lives with the boundary it names)::
+
+    InputError                 trajectory.errors   bad input: one sentence, exit code 2
+    EngineError                agent.engines.base  generation broke: ends the episode
+    ToolFailure                agent.tools.base    a tool's infrastructure broke: ends the episode
+    SandboxError               agent.sandbox.base  the sandbox broke: becomes a ToolFailure
+"""
+
+
+class InputError(Exception):
+    """Bad input; the message is one clear sentence: what, where, and what to do."""
