@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias
 
-JsonValue: TypeAlias = "None | bool | int | float | str | list[JsonValue] | dict[str, JsonValue]"
+JsonValue: TypeAlias = "bool | int | float | str | list[JsonValue] | dict[str, JsonValue] | None"
 
 
 class StopReason(StrEnum):
@@ -277,3 +277,28 @@ class StepScores:
     """``value`` (probability of eventual success) or ``correctness`` (of the step itself)."""
     position: str
     """``observation`` (scored after seeing the result) or ``action`` (before)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelledTrajectory:
+    """A trajectory with its evidence and its labels: one training row of a PRM."""
+
+    trajectory: Trajectory
+    evidence: StepEvidence
+    """Counts for prefixes 0..S."""
+    labels: StepLabels
+    """Estimates from those counts, for prefixes 0..S."""
+
+    def __post_init__(self) -> None:
+        name, size = self.trajectory.trajectory_id, self.trajectory.num_steps + 1
+        parts = (
+            ("evidence", self.evidence.trajectory_id, len(self.evidence.rollouts)),
+            ("labels", self.labels.trajectory_id, len(self.labels.values)),
+        )
+        for part, part_id, length in parts:
+            if part_id != name:
+                raise ValueError(f"{name}: its {part} belong to {part_id!r}")
+            if length != size:
+                raise ValueError(
+                    f"{name}: {part} for {length} prefixes, but {size - 1} steps have {size}"
+                )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -43,6 +44,8 @@ class GenerateRequest:
     """The sample depends on this seed and the prompt, not on what else is in the batch."""
     stop_ids: tuple[int, ...]
     """Generation ends with (and includes) the first of these ids."""
+    stop_when: Callable[[Sequence[int]], bool] | None = None
+    """Asked after every new token, with the ids generated so far; true ends the turn there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +58,7 @@ class Generation:
     """Natural-log probability of each id under the distribution it was drawn from
     (after temperature, top-p and top-k); at temperature 0, under the untempered softmax."""
     finish: Literal["stop", "length"]
+    """``stop``: a stop id or ``stop_when`` ended it; ``length``: the token limit did."""
 
 
 @dataclass(kw_only=True, slots=True)

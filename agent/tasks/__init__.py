@@ -1,0 +1,78 @@
+"""Task domains, by name."""
+
+from collections.abc import Callable, Mapping
+
+from agent.tasks.base import TaskDomain
+from agent.tasks.jsonl import JsonlDomain
+from agent.tasks.math import MathDomain
+from trajectory.errors import InputError
+
+
+def _options(text: str) -> Mapping[str, str]:
+    """Parse ``name=value,name=value``."""
+    options: dict[str, str] = {}
+    for part in text.split(",") if text else ():
+        name, equals, value = part.partition("=")
+        if not (name.strip() and equals and value.strip()):
+            raise InputError(f"{part!r} is no option: write name=value, separated by commas")
+        if name.strip() in options:
+            raise InputError(f"the option {name.strip()!r} is given twice")
+        options[name.strip()] = value.strip()
+    return options
+
+
+def _arithmetic(rest: str) -> TaskDomain:
+    """Make the generated word problems."""
+    from agent.tasks.arithmetic import ArithmeticDomain
+
+    return ArithmeticDomain.from_options(_options(rest))
+
+
+def _math(rest: str) -> TaskDomain:
+    """Make the mathematics problems of a file or data set."""
+    if not rest:
+        raise InputError("'math' needs a source: write math:FILE.jsonl or math:hf:OWNER/NAME")
+    return MathDomain(rest)
+
+
+def _jsonl(rest: str) -> TaskDomain:
+    """Make the problems of any file."""
+    if not rest:
+        raise InputError("'jsonl' needs a file: write jsonl:FILE.jsonl or FILE.jsonl")
+    return JsonlDomain(rest)
+
+
+DOMAINS: dict[str, Callable[[str], TaskDomain]] = {
+    "arithmetic": _arithmetic,
+    "math": _math,
+    "jsonl": _jsonl,
+}
+"""Domain makers by name; the argument is what follows ``name:`` in a specification."""
+
+
+def parse_tasks(spec: str) -> TaskDomain:
+    """Make the domain a specification names.
+
+    Parameters
+    ----------
+    spec : str
+        ``arithmetic``, ``arithmetic:operations=2-6,distractors=1``, ``math:FILE.jsonl``,
+        ``math:hf:OWNER/NAME``, or ``FILE.jsonl``.
+
+    Raises
+    ------
+    InputError
+        If the name or an option is unknown, or a source is missing from the specification.
+
+    Examples
+    --------
+    >>> parse_tasks("math:problems.jsonl").name, parse_tasks("problems.jsonl").name
+    ('math', 'jsonl')
+    """
+    name, _, rest = spec.partition(":")
+    if name in DOMAINS:
+        return DOMAINS[name](rest)
+    if spec.endswith(".jsonl"):
+        return JsonlDomain(spec)
+    names = ", ".join(sorted(DOMAINS))
+    raise InputError(f"unknown tasks {spec!r}; valid: {names} (as math:FILE.jsonl), or FILE.jsonl")

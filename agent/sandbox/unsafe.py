@@ -1,0 +1,185 @@
+"""The `unsafe` backend: a plain subprocess per session, for code you trust.
+
+It protects the caller from accidents: each session is a fresh interpreter with an empty
+environment and a private folder, its CPU time, wall clock, memory, output and file size are
+limited, and its process group is killed at any limit, at close, and when the caller dies.
+
+It does NOT protect against malice. The code runs as the calling user: it can read and write every
+file that user can, use the network, start processes (one that calls ``setsid`` outlives the
+session; there is no limit on their number, as RLIMIT_NPROC counts per user), send signals to the
+user's other processes, fill the disk with many small files, raise its memory limit if that user
+is root, and change the runner it shares a process with, so that its own later results are lies.
+Threads it leaves behind may print into later turns. Hence ``--allow-unsafe-tools``.
+
+States are restored by replay: after a limit or crash, and in a branch, the codes on the path are
+run again in a fresh child, and each must give the output it gave before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from dataclasses import dataclass
+
+from agent.sandbox.base import Limits, Result, SandboxError
+from agent.sandbox.child import Child, Outcome
+
+_ADDRESS = re.compile(r"\b0x[0-9a-f]{6,16}\b")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Node:
+    """A state: the code that led to it from its parent, and what that code was seen to do."""
+
+    parent: int
+    code: str
+    seen: tuple[str, str | None, str]
+
+
+def _fingerprint(outcome: Outcome) -> tuple[str, str | None, str]:
+    """Return what a replay has to reproduce; memory addresses may differ."""
+    return outcome.status, outcome.error, _ADDRESS.sub("0x", outcome.stdout)
+
+
+class UnsafeSession:
+    """One notebook: at most one live child, and the tree of codes that can rebuild any state."""
+
+    def __init__(
+        self, sandbox: UnsafeSandbox, limits: Limits, seed: int, nodes: tuple[_Node | None, ...]
+    ) -> None:
+        self._sandbox, self._limits, self._seed = sandbox, limits, seed
+        self._nodes = list(nodes)  # index = node id; node 0 is the empty state and has no record
+        self._latest = 0
+        self._child: Child | None = None
+        self._child_node = 0
+        self._closed = False
+        self._lock = asyncio.Lock()
+
+    async def run(self, code: str, *, at: int | None = None) -> Result:
+        """Run ``code`` in the state ``at`` (default: the latest), adding a node.
+
+        Raises
+        ------
+        SandboxError
+            If the child cannot be started, or a replay gives another result than the first time.
+        """
+        if self._closed:
+            raise SandboxError("the session is closed")
+        async with self._lock, self._sandbox.slot():
+            node = self._checked(self._latest if at is None else at)
+            try:
+                child = await self._child_at(node)
+                outcome = await child.run(code, len(self._nodes))
+            except BaseException:  # cancelled or broken: the child's state is unknown
+                self._end_child()
+                raise
+            if outcome.status in ("ok", "error"):
+                self._nodes.append(_Node(parent=node, code=code, seen=_fingerprint(outcome)))
+                node = self._child_node = len(self._nodes) - 1
+            else:
+                self._end_child()
+            self._latest = node
+        return Result(
+            node=node,
+            status=outcome.status,
+            stdout=outcome.stdout,
+            stderr=outcome.stderr,
+            error=outcome.error,
+            cpu_s=outcome.cpu_s,
+            wall_s=outcome.wall_s,
+        )
+
+    async def branch(self, node: int | None = None) -> UnsafeSession:
+        """Return an independent session in the state ``node``, rebuilt at its first run."""
+        start = self._checked(self._latest if node is None else node)
+        copy = self._sandbox.adopt(
+            UnsafeSession(self._sandbox, self._limits, self._seed, tuple(self._nodes))
+        )
+        copy._latest = start
+        return copy
+
+    async def close(self) -> None:
+        """Kill the child; may be called twice."""
+        self._closed = True
+        self._end_child()
+        self._sandbox.forget(self)
+
+    def _checked(self, node: int) -> int:
+        """Return ``node`` if it exists."""
+        if not 0 <= node < len(self._nodes):
+            raise ValueError(f"no node {node}: this session has 0 to {len(self._nodes) - 1}")
+        return node
+
+    def _end_child(self) -> None:
+        """End the live child, if any."""
+        child, self._child = self._child, None
+        if child is not None:
+            child.close()
+
+    async def _child_at(self, node: int) -> Child:
+        """Return a live child in the state ``node``, starting and replaying where needed."""
+        child = self._child
+        if child is not None and self._child_node == node and child.alive:
+            return child
+        self._end_child()
+        child = self._child = Child(self._limits, self._seed)
+        await child.ready()
+        for number, step in self._path(node):
+            outcome = await child.run(step.code, number)
+            if _fingerprint(outcome) != step.seen:
+                raise SandboxError(
+                    f"cell {number} gave another result when it was replayed "
+                    f"({outcome.status}, then {step.seen[0]}): its state cannot be restored"
+                )
+        self._child_node = node
+        return child
+
+    def _path(self, node: int) -> list[tuple[int, _Node]]:
+        """Return the nodes from the first cell to ``node``."""
+        path = []
+        while (record := self._nodes[node]) is not None:
+            path.append((node, record))
+            node = record.parent
+        return path[::-1]
+
+
+class UnsafeSandbox:
+    """Makes `UnsafeSession`s.
+
+    Parameters
+    ----------
+    max_running : int
+        Cells that run at the same time, >= 1; more wait, and their clocks do not run.
+    """
+
+    def __init__(self, *, max_running: int) -> None:
+        self.name = "unsafe"
+        self.isolation = "none"
+        self._max_running = max_running
+        self._sessions: set[UnsafeSession] = set()
+        self._slots: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
+
+    async def open(self, limits: Limits, seed: int) -> UnsafeSession:
+        """Return a session in the empty state; its child starts at the first run."""
+        return self.adopt(UnsafeSession(self, limits, seed, (None,)))
+
+    async def close(self) -> None:
+        """End every session."""
+        for session in list(self._sessions):
+            await session.close()
+        self._slots.clear()
+
+    def slot(self) -> asyncio.Semaphore:
+        """Return the running loop's bound on cells that run at the same time."""
+        return self._slots.setdefault(
+            asyncio.get_running_loop(), asyncio.Semaphore(self._max_running)
+        )
+
+    def adopt(self, session: UnsafeSession) -> UnsafeSession:
+        """Count a session among those to close."""
+        self._sessions.add(session)
+        return session
+
+    def forget(self, session: UnsafeSession) -> None:
+        """Drop a closed session."""
+        self._sessions.discard(session)

@@ -1,0 +1,40 @@
+"""Checking a call's arguments against the simple schemas tools declare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from trajectory.records import JsonValue, Observation
+
+
+def text_schema(name: str, description: str) -> dict[str, JsonValue]:
+    """Return the JSON schema of an object with one required string."""
+    return {
+        "type": "object",
+        "properties": {name: {"type": "string", "description": description}},
+        "required": [name],
+        "additionalProperties": False,
+    }
+
+
+def text_argument(arguments: Mapping[str, JsonValue], name: str) -> str | Observation:
+    """Return the one string argument, or the observation that tells the model what is wrong.
+
+    Examples
+    --------
+    >>> text_argument({"code": "1 + 1"}, "code")
+    '1 + 1'
+    >>> text_argument({"expr": "1 + 1"}, "code").content
+    "Error: expected the argument 'code' (a string), got 'expr'."
+    """
+    value = arguments.get(name)
+    if len(arguments) == 1 and isinstance(value, str):
+        return value
+    if len(arguments) == 1 and name in arguments:
+        got = f"a value of type {type(value).__name__}"
+    else:
+        got = ", ".join(f"{key[:40]!r}" for key in list(arguments)[:8]) or "nothing"
+    return Observation(
+        content=f"Error: expected the argument {name!r} (a string), got {got}.",
+        error="bad_arguments",
+    )

@@ -1,0 +1,290 @@
+"""The command ``prm label``: tasks or trajectories -> evidence ledger and labels."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from agent.engines import ENGINES
+from agent.engines.base import Engine
+from agent.episode import Agent
+from agent.setup import AgentConfig, load_tasks, open_agent
+from agent.tasks import parse_tasks
+from agent.tools import build_tools
+from agent.tools.base import SideEffect
+from labeling.collect import Collector, Plan
+from labeling.estimators import ESTIMATORS, Truncated, label_steps
+from labeling.evidence import step_evidence
+from labeling.given import check_given, copy_given
+from labeling.ledger import Ledger
+from trajectory.errors import InputError
+from trajectory.progress import progress
+from trajectory.records import LabelledTrajectory, Task, Trajectory
+from trajectory.run import MANIFEST, config_dict, open_run, read_manifest
+from trajectory.store import JsonlWriter, read_jsonl, repair_tail, write_labels
+
+TRAJECTORIES = "trajectories.jsonl"
+EVIDENCE = "evidence.jsonl"
+LABELS = "labels.parquet"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelConfig:
+    """Measure the value of every intermediate state of trajectories by Monte-Carlo rollouts."""
+
+    agent: AgentConfig
+    """Who samples and continues the trajectories."""
+    out: Path
+    """Folder for trajectories.jsonl, evidence.jsonl, labels.parquet and manifest.json."""
+    rollouts: int = 8
+    """Continuations per state."""
+    samples: int = 1
+    """Trajectories sampled per task."""
+    trajectories: Path | None = None
+    """Label the trajectories of this .jsonl file instead of sampling some."""
+    estimator: str = "soft"
+    """How counts become values: hard, soft or smoothed."""
+    level: float = 0.9
+    """Coverage of the labels' intervals, in [0.5, 1)."""
+    truncated: Truncated = "wrong"
+    """Whether a rollout cut off by a limit counts as wrong, or not at all."""
+    seed: int = 0
+    """Makes runs differ; the same seed gives the same rollouts."""
+
+    def __post_init__(self) -> None:
+        if self.rollouts < 1:
+            raise InputError(
+                f"--rollouts must be >= 1, not {self.rollouts}: no label without a rollout"
+            )
+        if self.samples < 1:
+            raise InputError(f"--samples must be >= 1, not {self.samples}")
+        if not 0.5 <= self.level < 1:
+            raise InputError(f"--level must be in [0.5, 1), not {self.level}")
+        if self.estimator not in ESTIMATORS:
+            raise InputError(
+                f"unknown estimator {self.estimator!r}: choose from {', '.join(ESTIMATORS)}"
+            )
+        if self.trajectories is not None and (
+            self.samples != 1 or self.agent.num_tasks is not None or self.agent.first_task
+        ):
+            raise InputError(
+                "--trajectories names what to label, so --num-tasks, --first-task and --samples "
+                "do not apply: leave them out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelReport:
+    """What a labelling run holds once it is finished."""
+
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """Everything in the folder, earlier starts of the run included; as in its manifest."""
+    seconds: float = 0.0
+    """Wall-clock time of this start's collection."""
+    tokens: int = 0
+    """Generated in this start."""
+    busy_seconds: float = 0.0
+    """Time the engine computed in this start; 0 where it cannot tell."""
+    already_finished: bool = False
+    """Whether there was nothing left to do."""
+
+
+def label(config: LabelConfig, *, engine: Engine | None = None) -> LabelReport:
+    """Label trajectories, or resume doing so, and print a summary.
+
+    Parameters
+    ----------
+    config : LabelConfig
+        Resolved flags.
+    engine : Engine, optional
+        Use this engine, and leave it open, instead of making the one the config names.
+
+    Returns
+    -------
+    LabelReport
+        Counts, tokens and times.
+
+    Raises
+    ------
+    InputError
+        On bad input, or if engine or tools stop working midway; what was collected is kept.
+    """
+    console = Console()
+    tasks = _check_inputs(config)
+    finished = _finished_counts(config.out)
+    with open_run(
+        config.out, kind="label", config=config_dict(config), parents=_parents(config)
+    ) as run:
+        if finished is not None:
+            run.finish(finished)
+            console.print(f"{config.out} is finished already: nothing left to do", soft_wrap=True)
+            return LabelReport(counts=finished, already_finished=True)
+        report = asyncio.run(_label(config, tasks, run.path, engine))
+        run.finish(report.counts)
+    _show(report, console)
+    return report
+
+
+def _check_inputs(config: LabelConfig) -> list[Task]:
+    """Refuse bad input before a folder is made, and return the tasks to sample for."""
+    domain = parse_tasks(config.agent.tasks)
+    tools = config.agent.tools or domain.default_tools
+    build_tools(tools, allow_unsafe=config.agent.allow_unsafe_tools)
+    if config.agent.engine not in ENGINES:
+        raise InputError(
+            f"unknown engine {config.agent.engine!r}: choose one of {', '.join(ENGINES)}"
+        )
+    if config.trajectories is not None:
+        check_given(config.trajectories, domain.name)
+        return []
+    tasks = load_tasks(config.agent)
+    if len({task.task_id for task in tasks}) < len(tasks):
+        raise InputError(
+            f"{config.agent.tasks!r} gives several tasks with one id: give each its own"
+        )
+    return tasks
+
+
+def _finished_counts(out: Path) -> Mapping[str, int] | None:
+    """Return the counts of a run that needs no more work, else None."""
+    if not ((out / MANIFEST).is_file() and (out / LABELS).is_file()):
+        return None
+    manifest = read_manifest(out)
+    return manifest.counts if manifest.status == "finished" else None
+
+
+def _parents(config: LabelConfig) -> list[Path]:
+    """Return the files and folders that the run reads."""
+    source = config.agent.tasks
+    files = [Path(text) for text in (source, source.partition(":")[2]) if Path(text).is_file()]
+    given = [] if config.trajectories is None else [config.trajectories]
+    return [Path(config.agent.policy), *files, *given]
+
+
+async def _label(
+    config: LabelConfig, tasks: Sequence[Task], out: Path, engine: Engine | None
+) -> LabelReport:
+    """Collect what is missing and freeze the labels."""
+    async with open_agent(config.agent, engine=engine) as agent:
+        _refuse_irreversible(agent)
+        path = out / TRAJECTORIES
+        cut = repair_tail(path)
+        dropped_ids = 0
+        if config.trajectories is not None:
+            dropped_ids = copy_given(config.trajectories, path, agent.chat)
+        stats = agent.engine.stats
+        tokens, busy, started = stats.generated_tokens, stats.busy_seconds, time.monotonic()
+        with Ledger(out / EVIDENCE, completer=_completer(agent)) as ledger:
+            await _collect(config, tasks, agent, ledger, path)
+            seconds = time.monotonic() - started
+            counts = _freeze(config, agent, ledger, out)
+    counts["cut_lines"] = cut + ledger.cut_lines
+    counts["duplicate_lines"] = ledger.duplicates
+    counts["trajectories_reencoded"] = dropped_ids
+    return LabelReport(
+        counts=counts,
+        seconds=seconds,
+        tokens=stats.generated_tokens - tokens,
+        busy_seconds=stats.busy_seconds - busy,
+    )
+
+
+def _refuse_irreversible(agent: Agent) -> None:
+    """Refuse tools whose calls cannot be repeated from a restored state."""
+    names = [tool.name for tool in agent.tools if tool.effect is SideEffect.IRREVERSIBLE]
+    if names:
+        raise InputError(
+            f"tools {', '.join(names)} change the world outside, so no state can be restored to "
+            "continue from: leave them out of --tools"
+        )
+
+
+def _completer(agent: Agent) -> str:
+    """Name the model and weights behind the rollouts."""
+    engine = agent.engine
+    return f"{engine.policy}@{engine.revision}" if engine.revision else engine.policy
+
+
+async def _collect(
+    config: LabelConfig, tasks: Sequence[Task], agent: Agent, ledger: Ledger, path: Path
+) -> None:
+    """Run every episode that is missing."""
+    plan = Plan(rollouts=config.rollouts, samples=config.samples, seed=config.seed)
+    # fsync: evidence on disk must never be about a trajectory that a power cut took away.
+    with JsonlWriter(path, fsync=True) as trajectories:
+        collector = Collector(agent, plan, ledger=ledger, trajectories=trajectories)
+        collector.prepare(tasks)
+        done = ledger.totals.rollouts
+        with progress("rollouts", collector.planned, done=done) as bar:
+            await collector.run(concurrency=config.agent.concurrency, bar=bar)
+
+
+def _freeze(config: LabelConfig, agent: Agent, ledger: Ledger, out: Path) -> dict[str, int]:
+    """Write the labels of all trajectories and count what there is."""
+    counts = {"trajectories": 0, "trajectories_failed": 0, "trajectories_truncated": 0}
+    counts |= {"labelled": 0, "values": 0, "values_unknown": 0}
+
+    def rows() -> Iterator[LabelledTrajectory]:
+        for trajectory in read_jsonl(out / TRAJECTORIES, Trajectory):
+            counts["trajectories"] += 1
+            counts["trajectories_truncated"] += trajectory.stop.truncated
+            if trajectory.stop.failed:
+                counts["trajectories_failed"] += 1
+                continue
+            row = _row(config, agent, ledger, trajectory)
+            counts["labelled"] += 1
+            counts["values"] += len(row.labels.values)
+            counts["values_unknown"] += row.labels.values.count(None)
+            yield row
+
+    write_labels(out / LABELS, rows())
+    totals = {name: int(value) for name, value in asdict(ledger.totals).items()}
+    return {**counts, "states": ledger.num_states, **totals}
+
+
+def _row(
+    config: LabelConfig, agent: Agent, ledger: Ledger, trajectory: Trajectory
+) -> LabelledTrajectory:
+    """Label one trajectory."""
+    evidence = step_evidence(
+        trajectory,
+        ledger,
+        rollouts=config.rollouts,
+        max_steps=agent.limits.max_steps,
+        sampling=agent.sampling,
+    )
+    labels = label_steps(evidence, config.estimator, level=config.level, truncated=config.truncated)
+    return LabelledTrajectory(trajectory=trajectory, evidence=evidence, labels=labels)
+
+
+def _show(report: LabelReport, console: Console) -> None:
+    """Print what came out and what it cost."""
+    counts = report.counts
+    rollouts = max(1, counts["rollouts"])
+    lines = {
+        "trajectories": f"{counts['trajectories']} ({counts['trajectories_failed']} failed)",
+        "labelled states": f"{counts['values']} ({counts['values_unknown']} unknown)",
+        "states rolled out": f"{counts['states']}",
+        "rollouts": f"{counts['rollouts']}",
+        "right": f"{counts['correct'] / rollouts:.1%}",
+        "truncated": f"{counts['truncated'] / rollouts:.1%}",
+        "failed": f"{counts['failed'] / rollouts:.1%}",
+        "tokens in rollouts": f"{counts['tokens']}",
+        "tokens per label": f"{counts['tokens'] / max(1, counts['values']):.1f}",
+        "tool calls": f"{counts['tool_calls']}",
+        "seconds, this start": f"{report.seconds:.1f}",
+    }
+    if report.seconds > 0:
+        lines["tokens per second"] = f"{report.tokens / report.seconds:.0f}"
+        if report.busy_seconds:
+            lines["engine busy"] = f"{report.busy_seconds / report.seconds:.0%}"
+    table = Table(show_header=False, title="labels")
+    for name, value in lines.items():
+        table.add_row(name, value)
+    console.print(table)

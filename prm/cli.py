@@ -1,0 +1,38 @@
+"""The ``prm`` command: label, train, score, evaluate."""
+
+from __future__ import annotations
+
+from trajectory.command import Command
+from trajectory.command import main as run_command
+
+COMMANDS = {
+    "label": Command(
+        config_class="labeling.run:LabelConfig",
+        function="labeling.run:label",
+        help="Roll the policy out from every step and turn the counts into labels.",
+    ),
+    "train": Command(
+        config_class="prm.train:TrainConfig",
+        function="prm.train:train",
+        help="Train a process reward model from labels.",
+    ),
+    "score": Command(
+        config_class="prm.score:ScoreConfig",
+        function="prm.score:score",
+        help="Score every step of trajectories with a process reward model.",
+    ),
+    "evaluate": Command(
+        config_class="prm.evaluate:EvaluateConfig",
+        function="prm.evaluate:evaluate",
+        help="Measure a process reward model on held-out tasks.",
+    ),
+}
+
+
+def main() -> None:
+    """Run the command line."""
+    run_command("prm", COMMANDS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,360 @@
+"""Trajectories to token ids, scoring positions and targets; batches by token budget.
+
+A trajectory is rendered from its structure with this package's own template (version `RENDERING`)::
+
+    [task]
+    {prompt}
+    [action]                <- per step
+    {step.text}
+    [observation]           <- per step with tool calls
+    {contents, one per line}
+
+Every segment is tokenised on its own, so the token index where a step ends is known by
+construction and never found by searching text. Prompts and observations come from outside the
+model: they are tokenised with special tokens split, so no tool's output can forge one.
+
+Prefix 0 is scored at the last token of the task, prefix t at the last token of step t's
+observation (position ``observation``; of its action if it has none) or of its action (position
+``action``). Rows are never cut: one that is too long is an error or dropped and counted.
+
+Dimension letters beside the project's own: P scored positions.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from trajectory.errors import InputError
+from trajectory.records import LabelledTrajectory, Trajectory
+from trajectory.seeds import derive_seed
+
+RENDERING = 1
+"""Version of the template; a checkpoint is only scored with the one it was trained with."""
+
+Position = Literal["observation", "action"]
+OnLong = Literal["error", "drop"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rendered:
+    """A trajectory as the model reads it."""
+
+    input_ids: tuple[int, ...]
+    positions: tuple[int, ...]
+    """Token index of prefix 0..S, strictly increasing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Targets:
+    """What a head is trained towards, per prefix 0..S."""
+
+    values: tuple[float, ...]
+    """In [0, 1]; meaningless where the weight is 0."""
+    weights: tuple[float, ...]
+    """>= 0; 0 masks the prefix."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """One rendered trajectory with everything a head may be trained towards."""
+
+    input_ids: tuple[int, ...]
+    positions: tuple[int, ...]
+    """Token index of prefix 0..S."""
+    rollouts: tuple[int, ...]
+    """Usable rollouts per prefix: those that infrastructure did not break."""
+    correct: tuple[int, ...]
+    """Right answers among them; a truncated rollout counts as not right."""
+    values: tuple[float | None, ...]
+    """The estimator's label per prefix; None where unknown."""
+    task_id: str
+    trajectory_id: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Padded tensors of one forward pass."""
+
+    input_ids_BT: torch.Tensor
+    attention_mask_BT: torch.Tensor
+    """1 on real tokens; padding is on the right."""
+    rows_P: torch.Tensor
+    columns_P: torch.Tensor
+    """Row and token index of every scored position, rows in order, prefixes in order."""
+    targets_P: torch.Tensor
+    weights_P: torch.Tensor
+
+
+def render(
+    trajectories: Sequence[Trajectory],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    position: Position = "observation",
+) -> list[Rendered]:
+    """Turn trajectories into token ids and scoring positions.
+
+    Parameters
+    ----------
+    trajectories : sequence of Trajectory
+        Any number of steps, also none.
+    tokenizer : PreTrainedTokenizerBase
+        The base model's own.
+    position : {"observation", "action"}
+        Where a step is scored.
+
+    Returns
+    -------
+    list of Rendered
+        In the same order.
+
+    Raises
+    ------
+    InputError
+        If the tokenizer turns a segment into nothing.
+    """
+    start = _start_ids(tokenizer)
+    segments = [segment for t in trajectories for segment in _segments(t)]
+    ids = _tokenize(segments, tokenizer)
+    rendered, taken = [], 0
+    for trajectory in trajectories:
+        count = 1 + sum(2 if step.calls else 1 for step in trajectory.steps)
+        rendered.append(_assemble(trajectory, ids[taken : taken + count], start, position))
+        taken += count
+    return rendered
+
+
+def _segments(trajectory: Trajectory) -> list[tuple[str, bool]]:
+    """List a trajectory's segments; True marks text the model did not write."""
+    segments = [(f"[task]\n{trajectory.task.prompt}\n", True)]
+    for step in trajectory.steps:
+        segments.append((f"[action]\n{step.text}\n", False))
+        if step.calls:
+            contents = "\n".join(o.content for o in step.observations)
+            segments.append((f"[observation]\n{contents}\n", True))
+    return segments
+
+
+def _tokenize(
+    segments: Sequence[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    """Tokenise every segment on its own, foreign text with special tokens split."""
+    ids: list[list[int]] = [[] for _ in segments]
+    for foreign in (False, True):
+        places = [i for i, (_, is_foreign) in enumerate(segments) if is_foreign == foreign]
+        if not places:
+            continue
+        encoded = tokenizer(
+            [segments[i][0] for i in places],
+            add_special_tokens=False,
+            split_special_tokens=foreign,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        for place, segment_ids in zip(places, encoded, strict=True):
+            if not segment_ids:
+                text = segments[place][0][:40]
+                raise InputError(f"the tokenizer turns {text!r} into no tokens: use another base")
+            ids[place] = segment_ids
+    return ids
+
+
+def _start_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return what the tokenizer puts before a text (a bos or cls token), usually nothing."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    framed = tokenizer("a")["input_ids"]
+    for start in range(len(framed) - len(plain) + 1):
+        if framed[start : start + len(plain)] == plain:
+            return tuple(framed[:start])
+    return ()
+
+
+def _assemble(
+    trajectory: Trajectory, ids: Sequence[list[int]], start: tuple[int, ...], position: Position
+) -> Rendered:
+    """Join a trajectory's tokenised segments and note where its prefixes end."""
+    input_ids = [*start, *ids[0]]
+    positions = [len(input_ids) - 1]
+    segment = 1
+    for step in trajectory.steps:
+        input_ids.extend(ids[segment])
+        end = len(input_ids) - 1
+        segment += 1
+        if step.calls:
+            input_ids.extend(ids[segment])
+            segment += 1
+            if position == "observation":
+                end = len(input_ids) - 1
+        positions.append(end)
+    assert all(a < b for a, b in pairwise(positions))
+    return Rendered(input_ids=tuple(input_ids), positions=tuple(positions))
+
+
+def make_examples(
+    rows: Sequence[LabelledTrajectory],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    position: Position = "observation",
+) -> list[Example]:
+    """Render labelled trajectories and attach their counts and labels.
+
+    Notes
+    -----
+    The value of a finished, judged trajectory is its outcome, known without rollouts. Where its
+    last prefix has none, the outcome stands in, with the weight of the trajectory's best measured
+    prefix (at least 1), so that the last score is trained like the others.
+
+    All trajectories of a task begin in the same state, which is measured once and recorded with
+    each of them. Only the first of those with equal counts carries it as a target; otherwise the
+    same rollouts would count once per trajectory.
+    """
+    rendered = render([row.trajectory for row in rows], tokenizer, position=position)
+    seen: set[tuple[str, str, int, int]] = set()
+    examples = []
+    for row, text in zip(rows, rendered, strict=True):
+        evidence = row.evidence
+        task_id = row.trajectory.task.task_id
+        start = (task_id, evidence.completer, evidence.rollouts[0], evidence.correct[0])
+        repeated = start in seen and row.trajectory.num_steps > 0
+        seen.add(start)
+        examples.append(_example(row, text, mask_start=repeated))
+    return examples
+
+
+def _example(row: LabelledTrajectory, rendered: Rendered, *, mask_start: bool) -> Example:
+    """Attach counts and labels to a rendered trajectory."""
+    evidence, outcome = row.evidence, row.trajectory.outcome
+    rollouts = [n - f for n, f in zip(evidence.rollouts, evidence.failed, strict=True)]
+    correct = list(evidence.correct)
+    values = list(row.labels.values)
+    if mask_start:
+        rollouts[0], correct[0], values[0] = 0, 0, None
+    if outcome is not None:
+        if rollouts[-1] == 0:
+            rollouts[-1] = max(1, *rollouts)
+            correct[-1] = rollouts[-1] if outcome >= 0.5 else 0
+        if values[-1] is None:
+            values[-1] = outcome
+    return Example(
+        input_ids=rendered.input_ids,
+        positions=rendered.positions,
+        rollouts=tuple(rollouts),
+        correct=tuple(correct),
+        values=tuple(values),
+        task_id=row.trajectory.task.task_id,
+        trajectory_id=row.trajectory.trajectory_id,
+    )
+
+
+def keep_short(
+    examples: Sequence[Example], *, max_length: int, on_long: OnLong
+) -> tuple[list[Example], int]:
+    """Separate out examples that do not fit the model; nothing is ever cut.
+
+    Returns
+    -------
+    tuple of (list of Example, int)
+        Those that fit, and how many were dropped.
+
+    Raises
+    ------
+    InputError
+        If one is too long and ``on_long`` is ``error``.
+    """
+    long = [e for e in examples if len(e.input_ids) > max_length]
+    if long and on_long == "error":
+        worst = max(long, key=lambda e: len(e.input_ids))
+        raise InputError(
+            f"{len(long)} of {len(examples)} trajectories are longer than {max_length} tokens "
+            f"({worst.trajectory_id}: {len(worst.input_ids)}); raise --max-length, or drop and "
+            "count them with --on-long drop"
+        )
+    return [e for e in examples if len(e.input_ids) <= max_length], len(long)
+
+
+def plan_steps(
+    lengths: Sequence[int], *, step_tokens: int, batch_tokens: int, seed: int
+) -> list[list[list[int]]]:
+    """Cut a shuffled epoch into optimizer steps, and each step into padded batches.
+
+    Parameters
+    ----------
+    lengths : sequence of int
+        Tokens of each example.
+    step_tokens : int
+        Real tokens of one optimizer step, about; the last step may be smaller.
+    batch_tokens : int
+        Most padded tokens of one forward pass; a longer single example is a batch of its own.
+    seed : int
+        Decides the shuffle; the same seed gives the same plan.
+
+    Returns
+    -------
+    list of list of list of int
+        Example indices, per optimizer step, per batch. Every example is used exactly once. Steps
+        are random; only inside a step are examples grouped by length, so gradients stay unbiased.
+    """
+    order = list(range(len(lengths)))
+    random.Random(derive_seed("prm-epoch", seed)).shuffle(order)  # noqa: S311 - not security
+    steps: list[list[int]] = [[]]
+    tokens = 0
+    for index in order:
+        if steps[-1] and tokens + lengths[index] > step_tokens:
+            steps.append([])
+            tokens = 0
+        steps[-1].append(index)
+        tokens += lengths[index]
+    return [group_by_length(step, lengths, batch_tokens=batch_tokens) for step in steps if step]
+
+
+def group_by_length(
+    indices: Sequence[int], lengths: Sequence[int], *, batch_tokens: int
+) -> list[list[int]]:
+    """Pack examples of similar length into batches of at most ``batch_tokens`` padded tokens.
+
+    Examples
+    --------
+    >>> group_by_length([0, 1, 2, 3], [5, 1, 2, 5], batch_tokens=10)
+    [[0, 3], [2, 1]]
+    """
+    batches: list[list[int]] = []
+    for index in sorted(indices, key=lambda i: (-lengths[i], i)):
+        # The first of a batch is its longest, so it decides the padded width.
+        fits = batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= batch_tokens
+        if fits:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def collate(
+    examples: Sequence[Example], target: Callable[[Example], Targets], *, pad_id: int
+) -> Batch:
+    """Pad examples on the right and gather their scored positions and targets."""
+    targets = [target(e) for e in examples]
+    input_ids_BT, attention_mask_BT = pad([e.input_ids for e in examples], pad_id=pad_id)
+    rows = [row for row, e in enumerate(examples) for _ in e.positions]
+    return Batch(
+        input_ids_BT=input_ids_BT,
+        attention_mask_BT=attention_mask_BT,
+        rows_P=torch.tensor(rows),
+        columns_P=torch.tensor([p for e in examples for p in e.positions]),
+        targets_P=torch.tensor([v for t in targets for v in t.values], dtype=torch.float32),
+        weights_P=torch.tensor([w for t in targets for w in t.weights], dtype=torch.float32),
+    )
+
+
+def pad(rows: Sequence[Sequence[int]], *, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad id rows on the right; returns ids and attention mask, both of shape (B, T)."""
+    width = max(len(row) for row in rows)
+    ids_BT = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows])
+    mask_BT = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return ids_BT, mask_BT

@@ -1,0 +1,380 @@
+"""The optimisation loop: exact steps, early stopping on held-out likelihood, resumable state.
+
+One optimizer step adds the summed losses of its batches and divides once by the step's total
+weight (rollouts, or labelled positions), over all processes: the gradient does not depend on how
+the step was cut into batches. Shuffles and dropout depend only on (seed, epoch) and the learning
+rate only on the step number, so the state after an epoch is weights, optimizer and counters, and
+a resumed run equals an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from prm.data import Batch, Example, collate, group_by_length, plan_steps
+from prm.heads import Head
+from prm.metrics import Array
+from prm.model import logits_at, num_trainable, to_device
+from trajectory.atomic import atomic_path
+from trajectory.progress import Progress, progress
+from trajectory.seeds import derive_seed
+
+MAX_GRAD_NORM = 1.0
+WEIGHT_DECAY = 0.01
+WARMUP_SHARE = 0.1
+"""Share of all steps over which the learning rate rises from 0."""
+
+
+class Log(Protocol):
+    """Where curves go."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record metrics at an optimizer step."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FitOptions:
+    """How to train."""
+
+    epochs: int
+    learning_rate: float
+    step_tokens: int
+    """Real tokens of one optimizer step."""
+    batch_tokens: int
+    """Padded tokens of one forward pass."""
+    patience: int
+    """Epochs without a better held-out likelihood before stopping."""
+    seed: int
+    bfloat16: bool
+    """Whether forwards run in bfloat16; weights and losses stay float32."""
+    pad_id: int
+
+
+@dataclass(kw_only=True, slots=True)
+class Progressed:
+    """Counters of a training run, after some epoch."""
+
+    epoch: int = 0
+    """Epochs finished."""
+    step: int = 0
+    """Optimizer steps taken."""
+    best_epoch: int = 0
+    """Epoch of the kept weights, from 1; 0 if none."""
+    best_nll: float = math.inf
+    """Its held-out negative log-likelihood per unit of weight, nats."""
+    history: list[dict[str, float]] = field(default_factory=list)
+    """Per epoch: training and held-out likelihood."""
+    diverged: str | None = None
+    """Why training stopped early, if numbers broke down."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Predictions:
+    """What a model says of examples, in the examples' own order."""
+
+    margins_P: Array
+    """Raw log-odds."""
+    targets_P: Array
+    weights_P: Array
+
+    def nll(self) -> float:
+        """Negative log-likelihood per unit of weight, nats."""
+        z, y, w = self.margins_P, self.targets_P, self.weights_P
+        return float((w * (np.logaddexp(0, z) - y * z)).sum() / w.sum())
+
+
+def default_learning_rate(model: nn.Module, *, lora: bool) -> float:
+    """Choose a learning rate by size: 1e-3 at a million parameters, falling with the square root.
+
+    LoRA uses 2e-4 at any size (its updates are low-rank, hence larger rates are stable).
+    """
+    if lora:
+        return 2e-4
+    return float(np.clip(1e-3 * math.sqrt(1e6 / num_trainable(model)), 1e-5, 1e-3))
+
+
+def learning_rate_at(step: int, total: int, peak: float) -> float:
+    """Linear warm-up, then a cosine to zero.
+
+    Examples
+    --------
+    >>> [round(learning_rate_at(s, 20, 1.0), 3) for s in (0, 1, 2, 11, 20)]
+    [0.5, 1.0, 1.0, 0.5, 0.0]
+    """
+    warmup = max(1, round(WARMUP_SHARE * total))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def predict(
+    model: nn.Module, examples: Sequence[Example], head: Head, options: FitOptions
+) -> Predictions:
+    """Run the model over examples without gradients."""
+    device = next(model.parameters()).device
+    lengths = [len(e.input_ids) for e in examples]
+    parts: dict[int, tuple[Array, Array, Array]] = {}
+    model.eval()
+    with torch.inference_mode():
+        for indices in group_by_length(
+            range(len(examples)), lengths, batch_tokens=options.batch_tokens
+        ):
+            batch = collate([examples[i] for i in indices], head.targets, pad_id=options.pad_id)
+            with _autocast(device, options.bfloat16):
+                margins_P = head.margin(logits_at(model, to_device(batch, device)))
+            arrays = [
+                t.cpu().double().numpy() for t in (margins_P, batch.targets_P, batch.weights_P)
+            ]
+            rows = batch.rows_P.numpy()
+            for row, index in enumerate(indices):
+                z, y, w = (a[rows == row] for a in arrays)
+                parts[index] = (z, y, w)
+    columns = zip(*(parts[i] for i in range(len(examples))), strict=True)
+    z_P, y_P, w_P = (np.concatenate(column) for column in columns)
+    return Predictions(margins_P=z_P, targets_P=y_P, weights_P=w_P)
+
+
+class Fitter:
+    """Trains a model's free parameters and leaves it with the best weights.
+
+    Parameters
+    ----------
+    model : Module
+        On the CPU; moved and wrapped by accelerate.
+    head : Head
+        Targets and loss.
+    options : FitOptions
+        How to train.
+    folder : Path
+        Where the state lives.
+    accelerator : Accelerator
+        Devices and processes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        head: Head,
+        *,
+        options: FitOptions,
+        folder: Path,
+        accelerator: Accelerator,
+    ) -> None:
+        self.head, self.options, self.accelerator = head, options, accelerator
+        self._latest, self._best = folder / "latest.pt", folder / "best.pt"
+        decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+        plain = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": WEIGHT_DECAY},
+                {"params": plain, "weight_decay": 0.0},
+            ],
+            lr=options.learning_rate,
+        )
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.done = Progressed()
+        if self._latest.is_file():
+            self._restore()
+
+    @property
+    def raw_model(self) -> nn.Module:
+        """The model without accelerate's wrappers."""
+        model = self.accelerator.unwrap_model(self.model)
+        assert isinstance(model, nn.Module)
+        return model
+
+    def fit(self, train: Sequence[Example], held_out: Sequence[Example], log: Log) -> Progressed:
+        """Train until the epochs are used up, the likelihood stops improving, or numbers break.
+
+        Returns
+        -------
+        Progressed
+            The model then holds the weights of ``best_epoch``, or its initial ones where no epoch
+            was ever finished.
+        """
+        plans = [self._plan(train, epoch) for epoch in range(self.options.epochs)]
+        total = sum(len(plan) for plan in plans)
+        with progress("train", total, done=self.done.step) as bar:
+            for epoch in range(self.done.epoch, self.options.epochs):
+                if self._out_of_patience():
+                    break
+                last = self._run_epoch(train, plans[epoch], total=total, log=log, bar=bar)
+                if self.done.diverged is not None:
+                    break
+                self._finish_epoch(last, held_out, log)
+        if self.done.best_epoch:
+            self._load_weights(torch.load(self._best, weights_only=True))
+        return self.done
+
+    def _plan(self, train: Sequence[Example], epoch: int) -> list[list[list[int]]]:
+        """Lay out an epoch."""
+        return plan_steps(
+            [len(e.input_ids) for e in train],
+            step_tokens=self.options.step_tokens,
+            batch_tokens=self.options.batch_tokens,
+            seed=derive_seed(self.options.seed, epoch),
+        )
+
+    def _out_of_patience(self) -> bool:
+        """Tell whether the likelihood has not improved for long enough."""
+        return self.done.epoch - self.done.best_epoch >= self.options.patience > 0
+
+    def _run_epoch(
+        self,
+        train: Sequence[Example],
+        plan: Sequence[list[list[int]]],
+        *,
+        total: int,
+        log: Log,
+        bar: Progress,
+    ) -> dict[str, float]:
+        """Take all steps of an epoch and return the last one's metrics, not yet logged."""
+        torch.manual_seed(derive_seed("dropout", self.options.seed, self.done.epoch))
+        self.model.train()
+        losses: list[float] = []
+        metrics: dict[str, float] = {}
+        for batches in plan:
+            if metrics:
+                log.log(self.done.step, metrics)
+            rate = learning_rate_at(self.done.step, total, self.options.learning_rate)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            examples = [[train[i] for i in indices] for indices in batches]
+            loss, norm = self._step(examples)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                self.done.diverged = f"loss {loss}, gradient norm {norm} at step {self.done.step}"
+                break
+            self.done.step += 1
+            losses.append(loss)
+            metrics = {"train/nll": loss, "train/lr": rate, "train/grad_norm": norm}
+            bar.advance(1, epoch=self.done.epoch + 1, nll=loss)
+        return {**metrics, "train/epoch_nll": float(np.mean(losses or [math.nan]))}
+
+    def _step(self, batches: Sequence[Sequence[Example]]) -> tuple[float, float]:
+        """Take one optimizer step over batches of examples; returns its loss and gradient norm."""
+        loss = self.accumulate(
+            [collate(b, self.head.targets, pad_id=self.options.pad_id) for b in batches]
+        )
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
+        if math.isfinite(loss) and math.isfinite(float(norm)):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, float(norm)
+
+    def accumulate(self, batches: Sequence[Batch]) -> float:
+        """Add the gradient of one optimizer step; returns its loss.
+
+        Notes
+        -----
+        ``loss = (sum over all batches of the summed loss) / (sum over all batches of weights)``.
+        Processes take turns at the batches; one with a batch less repeats one with zero weights,
+        so that all take part in the same number of collective operations.
+        """
+        accelerator = self.accelerator
+        denominator = sum(float(b.weights_P.sum()) for b in batches)
+        world, rank = accelerator.num_processes, accelerator.process_index
+        mine = [b for i, b in enumerate(batches) if i % world == rank]
+        rounds = math.ceil(len(batches) / world)
+        if len(mine) < rounds:
+            mine.append(_weightless(batches[0]))
+        total = torch.zeros((), device=accelerator.device)
+        for index, batch in enumerate(mine):
+            with self._synced(last=index == rounds - 1):
+                part = self._loss(to_device(batch, accelerator.device)) / denominator
+                accelerator.backward(part * world)  # the wrapper averages over processes
+            total += part.detach()
+        return float(accelerator.reduce(total, reduction="sum"))
+
+    def _synced(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Exchange gradients between processes only after the last batch."""
+        return nullcontext() if last else self.accelerator.no_sync(self.model)
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        """Sum the loss of one batch."""
+        with _autocast(self.accelerator.device, self.options.bfloat16):
+            logits_PC = logits_at(self.model, batch)
+        return self.head.loss(logits_PC, batch.targets_P, batch.weights_P)
+
+    def _finish_epoch(self, last: dict[str, float], held_out: Sequence[Example], log: Log) -> None:
+        """Measure the held-out likelihood, keep the weights if best, and save the state."""
+        nll = predict(self.model, held_out, self.head, self.options).nll()
+        if not math.isfinite(nll):
+            self.done.diverged = f"held-out likelihood {nll} after epoch {self.done.epoch + 1}"
+            return
+        self.done.epoch += 1
+        self.done.history.append(
+            {"epoch": self.done.epoch, "train_nll": last["train/epoch_nll"], "held_out_nll": nll}
+        )
+        better = nll < self.done.best_nll
+        if better:
+            self.done.best_epoch, self.done.best_nll = self.done.epoch, nll
+        log.log(self.done.step, {**last, "held_out/nll": nll, "epoch": float(self.done.epoch)})
+        self._save(better=better)
+
+    def _save(self, *, better: bool) -> None:
+        """Write the state; the best weights first, so that a state never points at missing ones."""
+        if not self.accelerator.is_main_process:
+            return
+        weights = self._weights()
+        if better:
+            _write(self._best, weights)
+        state = {
+            "progressed": asdict(self.done),
+            "weights": weights,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        _write(self._latest, state)
+
+    def _restore(self) -> None:
+        """Continue from the state an interrupted run left."""
+        state = torch.load(self._latest, map_location="cpu", weights_only=True)
+        self.done = Progressed(**state["progressed"])
+        self._load_weights(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """Return the trained parameters on the CPU."""
+        named = self.raw_model.named_parameters()
+        return {name: p.detach().cpu() for name, p in named if p.requires_grad}
+
+    def _load_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Put trained parameters back."""
+        named = dict(self.raw_model.named_parameters())
+        with torch.no_grad():
+            for name, value in weights.items():
+                named[name].copy_(value)
+
+
+def _weightless(batch: Batch) -> Batch:
+    """Copy a batch with every position masked."""
+    return Batch(
+        input_ids_BT=batch.input_ids_BT,
+        attention_mask_BT=batch.attention_mask_BT,
+        rows_P=batch.rows_P,
+        columns_P=batch.columns_P,
+        targets_P=batch.targets_P,
+        weights_P=torch.zeros_like(batch.weights_P),
+    )
+
+
+def _autocast(device: torch.device, bfloat16: bool) -> AbstractContextManager[Any]:
+    """Compute in bfloat16 if asked to."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16)
+
+
+def _write(path: Path, state: object) -> None:
+    """Save tensors, replacing the file as a whole."""
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)

@@ -1,0 +1,118 @@
+"""Heads: what a reward model predicts at a position, from which target, with which loss.
+
+Adding a head is one function here (or in `prm.losses`) and one row in `HEADS`. Every head is a
+token classifier with at most two classes, so that a checkpoint is an ordinary
+``*ForTokenClassification`` folder and a pooling server gives the same numbers: one class is read
+through a sigmoid, two through a softmax, and both equal the sigmoid of the head's *margin*, the
+log-odds on which calibration works too.
+
+Dimension letters beside the project's own: P scored positions, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from prm.data import Example, Targets
+from prm.losses import binomial_nll, soft_cross_entropy
+from trajectory.errors import InputError
+
+Kind = Literal["value", "correctness"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Head:
+    """One way to score a prefix."""
+
+    name: str
+    """Row of the table."""
+    kind: Kind
+    """``value`` (probability of eventual success) or ``correctness`` (of the step itself)."""
+    classes: tuple[str, ...]
+    """Class names, in logit order."""
+    aggregation: str
+    """Default aggregation of a trajectory's scores: ``last`` for values, ``min`` for correctness
+    (arXiv:2501.07301, section 4)."""
+    targets: Callable[[Example], Targets]
+    """Targets of every prefix 0..S with weights; weight 0 masks a prefix."""
+    loss: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    """(logits_PC, targets_P, weights_P) to the summed loss; its denominator is ``sum(weights)``."""
+    margin: Callable[[torch.Tensor], torch.Tensor]
+    """Logits of shape (..., C) to log-odds of shape (...)."""
+
+
+def value_targets(example: Example) -> Targets:
+    """Return ``c / n`` with weight ``n`` for every prefix; prefixes without rollouts weigh 0."""
+    pairs = zip(example.correct, example.rollouts, strict=True)
+    values = tuple(c / n if n else 0.0 for c, n in pairs)
+    return Targets(values=values, weights=tuple(float(n) for n in example.rollouts))
+
+
+def label_targets(example: Example) -> Targets:
+    """Return the estimator's label with weight 1 for every prefix; unknown labels weigh 0."""
+    values = tuple(0.0 if v is None else v for v in example.values)
+    weights = tuple(0.0 if v is None else 1.0 for v in example.values)
+    return Targets(values=values, weights=weights)
+
+
+def _value_loss(
+    logits_PC: torch.Tensor, targets_P: torch.Tensor, weights_P: torch.Tensor
+) -> torch.Tensor:
+    """Binomial likelihood: targets are c/n, weights n."""
+    return binomial_nll(logits_PC[:, 0], correct_P=targets_P * weights_P, rollouts_P=weights_P)
+
+
+def _binary_loss(
+    logits_PC: torch.Tensor, targets_P: torch.Tensor, weights_P: torch.Tensor
+) -> torch.Tensor:
+    """Cross-entropy against soft targets."""
+    return soft_cross_entropy(logits_PC, targets_P=targets_P, weights_P=weights_P)
+
+
+def _single_margin(logits: torch.Tensor) -> torch.Tensor:
+    """One class: the logit itself."""
+    return logits[..., 0]
+
+
+def _pair_margin(logits: torch.Tensor) -> torch.Tensor:
+    """Two classes: right minus wrong."""
+    return logits[..., 1] - logits[..., 0]
+
+
+HEADS: dict[str, Head] = {
+    "value": Head(
+        name="value",
+        kind="value",
+        classes=("value",),
+        aggregation="last",
+        targets=value_targets,
+        loss=_value_loss,
+        margin=_single_margin,
+    ),
+    "binary": Head(
+        name="binary",
+        kind="correctness",
+        classes=("wrong", "right"),
+        aggregation="min",
+        targets=label_targets,
+        loss=_binary_loss,
+        margin=_pair_margin,
+    ),
+}
+
+
+def get_head(name: str) -> Head:
+    """Look a head up by name.
+
+    Raises
+    ------
+    InputError
+        If there is no such head; the message lists the valid names.
+    """
+    if name not in HEADS:
+        raise InputError(f"unknown head {name!r}; heads: {', '.join(sorted(HEADS))}")
+    return HEADS[name]

@@ -1,0 +1,276 @@
+"""The network: a token classifier made from any base model, and its forward at scored positions.
+
+A new reward model is the base's own ``*ForTokenClassification`` class with a fresh linear head
+whose bias starts at the base rate, so training begins from the best constant prediction. With
+LoRA, adapters sit on every linear layer of the body and the head is trained in full; merging
+gives back an ordinary model of the same class.
+
+Dimension letters beside the project's own: P scored positions, C classes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from prm.data import Batch
+from prm.heads import Head
+from trajectory.errors import InputError
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' progress bars and notices; what matters is checked here instead."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def open_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
+    """Load a base's tokenizer; a missing padding token becomes the end-of-sequence token.
+
+    Raises
+    ------
+    InputError
+        If there is no tokenizer, or neither a padding nor an end-of-sequence token.
+    """
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(str(base))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{base} has no tokenizer that loads: {_first_line(error)}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or len(tokenizer) == 0:
+        raise InputError(f"{base} has no tokenizer: give a model folder that holds one")
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise InputError(f"the tokenizer of {base} has neither a padding nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def new_model(base: str | Path, head: Head, *, base_rate: float, seed: int) -> PreTrainedModel:
+    """Make a token classifier from a base model.
+
+    Parameters
+    ----------
+    base : str or Path
+        Hub id or folder of a causal language model or an encoder.
+    head : Head
+        Decides the number of classes.
+    base_rate : float
+        Mean training target; the initial prediction everywhere.
+    seed : int
+        Of the head's initial weights.
+
+    Returns
+    -------
+    PreTrainedModel
+        In float32 on the CPU.
+
+    Raises
+    ------
+    InputError
+        If the base does not load, or its architecture has no token classifier.
+    """
+    config = open_config(base)
+    config.id2label = dict(enumerate(head.classes))
+    config.label2id = {name: i for i, name in enumerate(head.classes)}
+    config.classifier_dropout = 0.0  # a random mask before the head only adds noise
+    try:
+        with quiet_transformers():
+            model, report = AutoModelForTokenClassification.from_pretrained(
+                str(base), config=config, dtype=torch.float32, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{base} does not load as a token classifier: {_first_line(error)}"
+        ) from error
+    name = head_name(model)
+    strange = sorted(k for k in report["missing_keys"] if not k.startswith(f"{name}."))
+    if strange:
+        raise InputError(f"{base} lacks weights its configuration asks for, such as {strange[0]}")
+    layer = model.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    _start_at_base_rate(layer, base_rate, seed)
+    _check_vocabulary(model, base)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Count the token ids a model embeds."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.shape[0]
+
+
+def _check_vocabulary(model: PreTrainedModel, base: str | Path) -> None:
+    """Refuse a base whose embedding is smaller than its tokenizer."""
+    tokens, rows = len(open_tokenizer(base)), embedding_rows(model)
+    if tokens > rows:
+        raise InputError(
+            f"the tokenizer of {base} has {tokens} tokens but the model embeds only {rows}"
+        )
+
+
+def head_name(model: nn.Module) -> str:
+    """Return the attribute that holds the classification layer."""
+    for name in ("score", "classifier"):
+        if isinstance(getattr(model, name, None), nn.Linear):
+            return name
+    raise InputError(f"{type(model).__name__} has no linear classification layer to train")
+
+
+@torch.no_grad()
+def _start_at_base_rate(layer: nn.Linear, base_rate: float, seed: int) -> None:
+    """Draw small weights and set the bias so that every initial prediction is the base rate."""
+    generator = torch.Generator().manual_seed(seed)
+    std = 0.02 / math.sqrt(layer.in_features)  # hidden states have norm about sqrt(D)
+    layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * std)
+    if layer.bias is not None:
+        rate = min(max(base_rate, 0.01), 0.99)
+        layer.bias.zero_()
+        layer.bias[-1] = math.log(rate / (1 - rate))
+
+
+def add_lora(model: PreTrainedModel, *, rank: int, seed: int) -> nn.Module:
+    """Freeze the body and put rank-``rank`` adapters on its linear layers; the head stays free.
+
+    Notes
+    -----
+    ``W + (alpha / r) B A`` with ``alpha = 2 r`` (Hu et al., arXiv:2106.09685, section 4.1).
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        task_type=TaskType.TOKEN_CLS,
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        modules_to_save=[head_name(model)],
+    )
+    adapted = get_peft_model(model, config)
+    assert isinstance(adapted, nn.Module)
+    return adapted
+
+
+def merge_lora(model: nn.Module) -> PreTrainedModel:
+    """Fold adapters into the weights; a model without adapters is returned as it is."""
+    from peft import PeftModel
+
+    merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
+    assert isinstance(merged, PreTrainedModel)
+    return merged
+
+
+def num_trainable(model: nn.Module) -> int:
+    """Count trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def pick_device(device: str) -> torch.device:
+    """Resolve ``auto`` to the GPU if there is one.
+
+    Raises
+    ------
+    InputError
+        If the device does not exist.
+    """
+    available = torch.cuda.is_available()
+    if device == "auto":
+        return torch.device("cuda" if available else "cpu")
+    if device.startswith("cuda") and not available:
+        raise InputError(f"device {device!r} is not available: use --device cpu")
+    return torch.device(device)
+
+
+def logits_at(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Run one forward and return the logits at the scored positions.
+
+    Parameters
+    ----------
+    model : Module
+        A token classifier.
+    batch : Batch
+        On the model's device.
+
+    Returns
+    -------
+    Tensor, shape (P, C)
+        In float32.
+    """
+    padded = not bool(batch.attention_mask_BT.all())
+    output = model(
+        input_ids=batch.input_ids_BT,
+        attention_mask=batch.attention_mask_BT if padded else None,
+    )
+    logits_PC: torch.Tensor = output.logits[batch.rows_P, batch.columns_P]
+    return logits_PC.float()
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Move a batch."""
+    return Batch(
+        input_ids_BT=batch.input_ids_BT.to(device),
+        attention_mask_BT=batch.attention_mask_BT.to(device),
+        rows_P=batch.rows_P.to(device),
+        columns_P=batch.columns_P.to(device),
+        targets_P=batch.targets_P.to(device),
+        weights_P=batch.weights_P.to(device),
+    )
+
+
+def open_config(base: str | Path) -> PretrainedConfig:
+    """Load a base's configuration.
+
+    Raises
+    ------
+    InputError
+        If there is none.
+    """
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(str(base))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{base} is not a model that loads: {_first_line(error)}") from error
+    assert isinstance(config, PretrainedConfig)
+    return config
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Return the most tokens a model takes, if its configuration says."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if isinstance(limit, int) and limit > 0 else None
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of an error's message."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

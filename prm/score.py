@@ -1,0 +1,331 @@
+"""Scoring: one forward pass gives the score of every prefix of a trajectory.
+
+`Scorer` is the library's front door for reward-model scores; ``prm score`` runs it over a file.
+Aggregations turn a trajectory's prefix scores into one number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from prm import calibrate
+from prm.checkpoint import Checkpoint, Metadata, load_checkpoint
+from prm.data import Batch, Position, Rendered, group_by_length, pad, render
+from prm.heads import Kind
+from prm.metrics import Array
+from prm.model import Device, context_length, logits_at, pick_device, to_device
+from trajectory.errors import InputError
+from trajectory.progress import progress
+from trajectory.records import StepScores, Trajectory
+from trajectory.store import JsonlWriter, read_jsonl, repair_tail
+
+_CHUNK = 256
+
+
+def last(values: Sequence[float]) -> float:
+    """Return the last score; right for values, whose last one knows most.
+
+    Examples
+    --------
+    >>> last([0.2, 0.9, 0.4])
+    0.4
+    """
+    return values[-1]
+
+
+def minimum(values: Sequence[float]) -> float:
+    """Return the lowest score; right for step correctness, where one wrong step decides.
+
+    Examples
+    --------
+    >>> minimum([0.2, 0.9, 0.4])
+    0.2
+    """
+    return min(values)
+
+
+def mean(values: Sequence[float]) -> float:
+    """Return the arithmetic mean.
+
+    Examples
+    --------
+    >>> mean([0.25, 0.75])
+    0.5
+    """
+    return sum(values) / len(values)
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Return ``(prod v_i)^(1/n)``: like a product, but without its preference for fewer steps.
+
+    Examples
+    --------
+    >>> round(geometric_mean([0.25, 1.0]), 12)
+    0.5
+    >>> geometric_mean([0.0, 1.0])
+    0.0
+    """
+    if min(values) <= 0:
+        return 0.0
+    return math.exp(sum(math.log(v) for v in values) / len(values))
+
+
+AGGREGATIONS: dict[str, Callable[[Sequence[float]], float]] = {
+    "last": last,
+    "min": minimum,
+    "mean": mean,
+    "geomean": geometric_mean,
+}
+"""Name to function of at least one score. A product over steps is left out on purpose: it prefers
+trajectories with fewer steps."""
+
+
+class Scorer:
+    """Scores trajectories with a reward model.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        A loaded reward model.
+    device : torch.device
+        Where it runs.
+    batch_tokens : int, default=16384
+        Padded tokens of one forward pass.
+
+    Examples
+    --------
+    Load with ``scorer = Scorer.load("runs/prm")``, then ``scorer.score(trajectories)[0].values``
+    holds one score per prefix 0..S.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, *, batch_tokens: int = 16_384
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._device = device
+        self._batch_tokens = batch_tokens
+        self._model = checkpoint.model.to(device)  # type: ignore[arg-type]
+        self._max_length = context_length(checkpoint.model.config)
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: Device = "auto") -> Scorer:
+        """Load a reward model from its folder.
+
+        Raises
+        ------
+        InputError
+            If the folder is no reward model, or one this version cannot read.
+        """
+        return cls(load_checkpoint(path), pick_device(device))
+
+    @property
+    def metadata(self) -> Metadata:
+        """What ``prm.json`` says."""
+        return self._checkpoint.metadata
+
+    @property
+    def kind(self) -> Kind:
+        """``value`` or ``correctness``."""
+        return self.metadata.kind
+
+    @property
+    def position(self) -> Position:
+        """``observation`` or ``action``."""
+        return self.metadata.position
+
+    @property
+    def checkpoint_hash(self) -> str:
+        """Content hash, written into every score."""
+        return self._checkpoint.hash
+
+    def render(self, trajectories: Sequence[Trajectory]) -> list[Rendered]:
+        """Turn trajectories into the token ids and positions the model is given."""
+        return render(trajectories, self._checkpoint.tokenizer, position=self.position)
+
+    def score(
+        self, trajectories: Sequence[Trajectory], *, calibrated: bool = True
+    ) -> list[StepScores]:
+        """Score every prefix of every trajectory.
+
+        Parameters
+        ----------
+        trajectories : sequence of Trajectory
+            Any number; batched by length inside.
+        calibrated : bool, default=True
+            Whether to apply the checkpoint's calibration, which keeps the ranking.
+
+        Returns
+        -------
+        list of StepScores
+            In the same order, S + 1 values in [0, 1] each. They do not depend on what else is in
+            the list.
+
+        Raises
+        ------
+        InputError
+            If a trajectory does not fit the model: nothing is ever cut.
+        """
+        rendered = self.render(trajectories)
+        self._check_lengths(trajectories, rendered)
+        calibration = self.metadata.calibration if calibrated else calibrate.Calibration()
+        return [
+            StepScores(
+                trajectory_id=trajectory.trajectory_id,
+                checkpoint=self.checkpoint_hash,
+                values=tuple(calibrate.apply(calibration, margins_P).tolist()),
+                kind=self.kind,
+                position=self.position,
+            )
+            for trajectory, margins_P in zip(trajectories, self._margins(rendered), strict=True)
+        ]
+
+    def _check_lengths(
+        self, trajectories: Sequence[Trajectory], rendered: Sequence[Rendered]
+    ) -> None:
+        """Refuse a trajectory that does not fit the model."""
+        for trajectory, row in zip(trajectories, rendered, strict=True):
+            if self._max_length is not None and len(row.input_ids) > self._max_length:
+                raise InputError(
+                    f"trajectory {trajectory.trajectory_id} has {len(row.input_ids)} tokens, the "
+                    f"PRM takes {self._max_length}: leave it out or train a PRM on a longer base"
+                )
+
+    @torch.inference_mode()
+    def _margins(self, rendered: Sequence[Rendered]) -> list[Array]:
+        """Compute the raw log-odds of every prefix, batched by length, in the given order."""
+        lengths = [len(row.input_ids) for row in rendered]
+        results: dict[int, Array] = {}
+        for indices in group_by_length(
+            range(len(rendered)), lengths, batch_tokens=self._batch_tokens
+        ):
+            batch = self._batch([rendered[i] for i in indices])
+            logits_PC = logits_at(self._model, batch)
+            margins_P = self._checkpoint.head.margin(logits_PC).cpu().double().numpy()
+            sizes = [len(rendered[i].positions) for i in indices]
+            parts = np.split(margins_P, np.cumsum(sizes)[:-1])
+            results.update(zip(indices, parts, strict=True))
+        return [results[i] for i in range(len(rendered))]
+
+    def _batch(self, rows: Sequence[Rendered]) -> Batch:
+        """Pad rows; targets play no part."""
+        pad_id = self._checkpoint.tokenizer.pad_token_id
+        assert isinstance(pad_id, int)
+        input_ids_BT, attention_mask_BT = pad([row.input_ids for row in rows], pad_id=pad_id)
+        columns_P = torch.tensor([p for row in rows for p in row.positions])
+        nothing_P = torch.zeros(len(columns_P))
+        batch = Batch(
+            input_ids_BT=input_ids_BT,
+            attention_mask_BT=attention_mask_BT,
+            rows_P=torch.tensor([i for i, row in enumerate(rows) for _ in row.positions]),
+            columns_P=columns_P,
+            targets_P=nothing_P,
+            weights_P=nothing_P,
+        )
+        return to_device(batch, self._device)
+
+
+def aggregate(values: Sequence[float], aggregation: str) -> float:
+    """Turn scores, at least one, into one number by a row of `AGGREGATIONS`.
+
+    Raises
+    ------
+    InputError
+        If there is no such aggregation.
+
+    Examples
+    --------
+    >>> aggregate([0.25, 0.75], "mean")
+    0.5
+    """
+    if aggregation not in AGGREGATIONS:
+        names = ", ".join(AGGREGATIONS)
+        raise InputError(f"unknown aggregation {aggregation!r}; aggregations: {names}")
+    return AGGREGATIONS[aggregation](values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """Score every step of trajectories with a process reward model."""
+
+    prm: Path
+    """Folder that `prm train` wrote."""
+    trajectories: Path
+    """JSONL file of trajectories."""
+    out: Path
+    """JSONL file of scores, in the same order; an interrupted run continues in it."""
+    calibrated: bool = True
+    """Apply the checkpoint's calibration."""
+    device: Device = "auto"
+
+
+def score(config: ScoreConfig) -> int:
+    """Score a file of trajectories into a file of scores.
+
+    Returns
+    -------
+    int
+        Trajectories scored by this call; those already in the file are passed over.
+
+    Raises
+    ------
+    InputError
+        If an input is unusable, or the output holds scores of another model or other trajectories.
+    """
+    total = sum(1 for _ in read_jsonl(config.trajectories, Trajectory))
+    if total == 0:
+        raise InputError(f"{config.trajectories} holds no trajectories")
+    scorer = Scorer.load(config.prm, device=config.device)
+    done = _scored_ids(config, scorer)
+    rows = read_jsonl(config.trajectories, Trajectory)
+    for number, scored_id in enumerate(done, start=1):
+        row = next(rows, None)
+        if row is None or row.trajectory_id != scored_id:
+            raise InputError(
+                f"{config.out}, line {number} scores {scored_id!r}, which is not trajectory "
+                f"{number} of {config.trajectories}: give another --out"
+            )
+    with (
+        JsonlWriter(config.out) as writer,
+        progress("score", total, done=len(done)) as bar,
+    ):
+        for chunk in _chunks(rows):
+            for scores in scorer.score(chunk, calibrated=config.calibrated):
+                writer.append(scores)
+            bar.advance(len(chunk))
+    return total - len(done)
+
+
+def _scored_ids(config: ScoreConfig, scorer: Scorer) -> list[str]:
+    """Name the trajectories an interrupted run has scored, after checking that it was this run."""
+    repair_tail(config.out)
+    if not config.out.exists():
+        return []
+    scored = list(read_jsonl(config.out, StepScores))
+    if not scored:
+        return []
+    if scored[0].checkpoint != scorer.checkpoint_hash:
+        raise InputError(f"{config.out} holds scores of another PRM: give another --out")
+    first = next(iter(read_jsonl(config.trajectories, Trajectory)))
+    again = scorer.score([first], calibrated=config.calibrated)[0]
+    same = len(again.values) == len(scored[0].values) and np.allclose(
+        again.values, scored[0].values, atol=1e-3
+    )
+    if not same:
+        raise InputError(
+            f"{config.out} holds other scores (calibrated or not, or other trajectories): give "
+            "another --out"
+        )
+    return [s.trajectory_id for s in scored]
+
+
+def _chunks(rows: Iterator[Trajectory]) -> Iterator[list[Trajectory]]:
+    """Cut a stream into lists."""
+    while chunk := list(islice(rows, _CHUNK)):
+        yield chunk

@@ -1,0 +1,345 @@
+"""``prm train``: labels to a reward model.
+
+Rows are split by task, so no task is on both sides; the held-out part decides when to stop and
+calibrates the scores. The output folder is an ordinary Hugging Face folder plus ``prm.json``; the
+resumable state lies in its hidden ``.state`` until training is finished.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from accelerate import Accelerator
+from rich.console import Console
+from scipy.special import logit
+from sklearn.model_selection import GroupShuffleSplit
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prm import calibrate
+from prm.checkpoint import (
+    Metadata,
+    Provenance,
+    TaskSplit,
+    is_checkpoint,
+    load_metadata,
+    save_checkpoint,
+    vocabulary_of,
+)
+from prm.data import Example, OnLong, Position, keep_short, make_examples
+from prm.fit import FitOptions, Fitter, default_learning_rate, predict
+from prm.heads import Head, get_head
+from prm.model import (
+    Device,
+    add_lora,
+    context_length,
+    merge_lora,
+    new_model,
+    num_trainable,
+    open_config,
+    open_tokenizer,
+    pick_device,
+)
+from trajectory.errors import InputError
+from trajectory.records import LabelledTrajectory
+from trajectory.run import config_dict, open_run
+from trajectory.store import read_labels
+from trajectory.tracking import make_tracker
+
+STATE = ".state"
+"""Hidden folder of an unfinished run; hidden, so that it is no part of the checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train a process reward model from labels."""
+
+    labels: Path
+    """Folder that `prm label` wrote."""
+    model: str
+    """Base: hub id or folder of a causal language model or an encoder."""
+    out: Path
+    """Folder of the checkpoint; an interrupted run continues in it."""
+    head: str = "value"
+    """What to predict: value (from rollout counts) or binary (from labels)."""
+    position: Position = "observation"
+    """Score a step after its observation, or right after its action."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters, merged into the checkpoint; 0 trains all weights."""
+    epochs: int = 6
+    """Most passes over the labels."""
+    learning_rate: float | None = None
+    """Peak rate; None chooses by model size and prints it."""
+    step_tokens: int = 8192
+    """Tokens of one optimizer step."""
+    batch_tokens: int = 8192
+    """Padded tokens of one forward pass; lower it if memory runs out, results do not change."""
+    max_length: int = 4096
+    """Longest trajectory in tokens; also bounded by the model's own limit."""
+    on_long: OnLong = "error"
+    """What to do with longer trajectories: stop, or drop and count them. They are never cut."""
+    validation_share: float = 0.15
+    """Share of the tasks held out for early stopping and calibration."""
+    patience: int = 2
+    """Epochs without a better held-out likelihood before stopping; 0 never stops early."""
+    seed: int = 0
+    device: Device = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of forward passes; auto is float32 on CPU and bfloat16 on GPU. Weights stay float32."""
+    track: Literal["wandb", "jsonl", "none"] = "none"
+    """Where curves go."""
+
+    def __post_init__(self) -> None:
+        get_head(self.head)
+        positive = ("epochs", "step_tokens", "batch_tokens", "max_length")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+        if self.lora_rank < 0 or self.patience < 0:
+            raise InputError("--lora-rank and --patience must not be negative")
+        if not 0 < self.validation_share < 1:
+            raise InputError("--validation-share must lie between 0 and 1")
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise InputError("--learning-rate must be positive")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """Examples on both sides of the split by task, and what was left out."""
+
+    train: list[Example]
+    held_out: list[Example]
+    dropped_long: int
+    """Trajectories longer than the limit."""
+    dropped_unlabelled: int
+    """Trajectories without a single usable target."""
+
+    def tasks(self) -> TaskSplit:
+        """Name the tasks on both sides."""
+        return TaskSplit(
+            train=tuple(sorted({e.task_id for e in self.train})),
+            validation=tuple(sorted({e.task_id for e in self.held_out})),
+        )
+
+
+def train(config: TrainConfig) -> Path:
+    """Train a reward model and write its folder.
+
+    Returns
+    -------
+    Path
+        ``config.out``.
+
+    Raises
+    ------
+    InputError
+        If labels or base are unusable, the folder belongs to another run, or the numbers broke
+        down (the best checkpoint so far is then kept).
+    """
+    labels_path = Path(config.labels) / "labels.parquet"
+    rows = read_labels(labels_path)
+    accelerator = Accelerator(cpu=pick_device(config.device).type == "cpu")
+    if not accelerator.is_main_process:  # the main process alone owns the folder
+        accelerator.wait_for_everyone()
+        _train(config, rows, accelerator, {})
+        return config.out
+    parents = [labels_path, Path(config.model)]
+    with open_run(config.out, kind="train", config=config_dict(config), parents=parents) as run:
+        accelerator.wait_for_everyone()
+        if not is_checkpoint(config.out) or (config.out / STATE).exists():
+            _train(config, rows, accelerator, {p.path: p.sha256 for p in run.manifest.parents})
+        training = load_metadata(config.out).training
+        run.finish({name: n for name, n in training.items() if isinstance(n, int)})
+    return config.out
+
+
+def _train(
+    config: TrainConfig,
+    rows: Sequence[LabelledTrajectory],
+    accelerator: Accelerator,
+    parents: Mapping[str, str],
+) -> None:
+    """Prepare, fit, calibrate and save."""
+    head = get_head(config.head)
+    tokenizer = open_tokenizer(config.model)
+    split = prepare(config, rows, tokenizer, head)
+    base_rate = _base_rate(split.train, head)
+    model: nn.Module = new_model(config.model, head, base_rate=base_rate, seed=config.seed)
+    if config.lora_rank:
+        assert isinstance(model, PreTrainedModel)
+        model = add_lora(model, rank=config.lora_rank, seed=config.seed)
+    options = _fit_options(config, model, tokenizer.pad_token_id)
+    fitter = Fitter(
+        model, head, options=options, folder=config.out / STATE, accelerator=accelerator
+    )
+    _announce(split, fitter, base_rate=base_rate, options=options)
+    tracker = make_tracker(
+        config.track if accelerator.is_main_process else "none",
+        out=config.out,
+        name=config.out.name,
+        config=config_dict(config),
+    )
+    try:
+        done = fitter.fit(split.train, split.held_out, tracker)
+    finally:
+        tracker.close()
+    if accelerator.is_main_process and done.best_epoch:
+        provenance = _provenance(config, rows, parents)
+        _save(config, fitter, split, provenance=provenance, base_rate=base_rate)
+    accelerator.wait_for_everyone()
+    if done.diverged is not None:
+        kept = (
+            f"epoch {done.best_epoch} is kept in {config.out}" if done.best_epoch else "none kept"
+        )
+        raise InputError(
+            f"training broke down ({done.diverged}); checkpoint: {kept}; train again in another "
+            f"folder with a --learning-rate below {options.learning_rate:.2g}"
+        )
+
+
+def prepare(
+    config: TrainConfig,
+    rows: Sequence[LabelledTrajectory],
+    tokenizer: PreTrainedTokenizerBase,
+    head: Head,
+) -> Split:
+    """Render the rows, leave out what cannot be used, and split by task.
+
+    Raises
+    ------
+    InputError
+        If no row has a target, or there are fewer than two tasks.
+    """
+    examples = make_examples(rows, tokenizer, position=config.position)
+    limit = min(config.max_length, context_length(open_config(config.model)) or config.max_length)
+    short, dropped_long = keep_short(examples, max_length=limit, on_long=config.on_long)
+    usable = [e for e in short if any(head.targets(e).weights)]
+    if not usable:
+        raise InputError(
+            f"{config.labels}: none of the {len(rows)} trajectories has a usable label for head "
+            f"{head.name!r} ({dropped_long} were too long): label them with more rollouts"
+        )
+    tasks = [e.task_id for e in usable]
+    if len(set(tasks)) < 2:
+        raise InputError(
+            f"{config.labels} holds one task only: a PRM needs at least 2, to hold one out"
+        )
+    splitter = GroupShuffleSplit(
+        n_splits=1, test_size=_held_out_tasks(config, len(set(tasks))), random_state=config.seed
+    )
+    train_indices, held_out_indices = next(splitter.split(tasks, groups=tasks))
+    return Split(
+        train=[usable[i] for i in train_indices],
+        held_out=[usable[i] for i in held_out_indices],
+        dropped_long=dropped_long,
+        dropped_unlabelled=len(short) - len(usable),
+    )
+
+
+def _held_out_tasks(config: TrainConfig, num_tasks: int) -> int:
+    """Count the tasks to hold out: at least one, and at least one stays."""
+    return min(num_tasks - 1, max(1, round(config.validation_share * num_tasks)))
+
+
+def _base_rate(examples: Sequence[Example], head: Head) -> float:
+    """Return the weighted mean target."""
+    targets = [head.targets(e) for e in examples]
+    values = np.concatenate([t.values for t in targets])
+    return float(np.average(values, weights=np.concatenate([t.weights for t in targets])))
+
+
+def _fit_options(config: TrainConfig, model: nn.Module, pad_id: int) -> FitOptions:
+    """Resolve what depends on model and device."""
+    on_gpu = pick_device(config.device).type == "cuda"
+    rate = config.learning_rate
+    if rate is None:
+        rate = default_learning_rate(model, lora=config.lora_rank > 0)
+    return FitOptions(
+        epochs=config.epochs,
+        learning_rate=rate,
+        step_tokens=config.step_tokens,
+        batch_tokens=config.batch_tokens,
+        patience=config.patience,
+        seed=config.seed,
+        bfloat16=config.precision == "bfloat16" or (config.precision == "auto" and on_gpu),
+        pad_id=pad_id,
+    )
+
+
+def _announce(split: Split, fitter: Fitter, *, base_rate: float, options: FitOptions) -> None:
+    """Say what is about to be trained, choices made automatically included."""
+    if not fitter.accelerator.is_main_process:
+        return
+    tasks = split.tasks()
+    Console(stderr=True, highlight=False).print(
+        f"{len(split.train)} trajectories of {len(tasks.train)} tasks to train on, "
+        f"{len(split.held_out)} of {len(tasks.validation)} held out "
+        f"({split.dropped_long} dropped as too long, {split.dropped_unlabelled} without labels); "
+        f"base rate {base_rate:.3f}; {num_trainable(fitter.raw_model):,} trainable parameters; "
+        f"peak learning rate {options.learning_rate:.2g}",
+        soft_wrap=True,
+    )
+
+
+def _provenance(
+    config: TrainConfig, rows: Sequence[LabelledTrajectory], parents: Mapping[str, str]
+) -> Provenance:
+    """Record where the labels came from."""
+    return Provenance(
+        labels=str(config.labels),
+        parents=parents,
+        estimators=tuple(sorted({row.labels.estimator for row in rows})),
+        completers=tuple(sorted({row.evidence.completer for row in rows})),
+    )
+
+
+def _save(
+    config: TrainConfig,
+    fitter: Fitter,
+    split: Split,
+    *,
+    provenance: Provenance,
+    base_rate: float,
+) -> None:
+    """Merge, calibrate on the held-out part, write the folder and remove the resumable state."""
+    model = merge_lora(fitter.raw_model)
+    head, done, options = fitter.head, fitter.done, fitter.options
+    held_out = predict(model, split.held_out, head, options)
+    calibration = calibrate.fit(held_out.margins_P, held_out.targets_P, held_out.weights_P)
+    tokenizer = open_tokenizer(config.model)
+    tasks = split.tasks()
+    constant = np.full_like(held_out.margins_P, logit(np.clip(base_rate, 1e-4, 1 - 1e-4)))
+    metadata = Metadata(
+        head=head.name,
+        kind=head.kind,
+        position=config.position,
+        aggregation=head.aggregation,
+        calibration=calibration,
+        base_model=config.model,
+        vocabulary=vocabulary_of(tokenizer),
+        provenance=provenance,
+        training={
+            "train_trajectories": len(split.train),
+            "train_tasks": len(tasks.train),
+            "held_out_trajectories": len(split.held_out),
+            "held_out_tasks": len(tasks.validation),
+            "held_out_positions": int((held_out.weights_P > 0).sum()),
+            "dropped_long": split.dropped_long,
+            "dropped_unlabelled": split.dropped_unlabelled,
+            "epochs": done.epoch,
+            "best_epoch": done.best_epoch,
+            "steps": done.step,
+            "learning_rate": options.learning_rate,
+            "base_rate": base_rate,
+            "held_out_nll": held_out.nll(),
+            "base_rate_nll": replace(held_out, margins_P=constant).nll(),
+        },
+    )
+    save_checkpoint(config.out, model=model, tokenizer=tokenizer, metadata=metadata, tasks=tasks)
+    if done.diverged is None:
+        shutil.rmtree(config.out / STATE)

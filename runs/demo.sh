@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# The main job on the embedded policy: synthesize, warm up, label, train a PRM, optimize with it.
+# Every command is printed before it runs; an interrupted demo continues where it stopped.
+#   runs/demo.sh [FOLDER]        default: runs/demo
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-runs/demo}
+test_tasks=500
+mkdir -p "$out"
+
+# run STAGE COMMAND...: print the command, run it, keep its seconds unless it had been done before
+run() {
+    local stage=$1 begin=$SECONDS
+    shift
+    printf '\n\033[1m$ %s\033[0m\n' "$*"
+    "$@"
+    if ! grep -q "^$stage	" "$out/seconds.tsv" 2>/dev/null; then
+        printf '%s\t%s\n' "$stage" $((SECONDS - begin)) >>"$out/seconds.tsv"
+    fi
+}
+
+run synthesize policy synthesize --tasks arithmetic --num-tasks 2000 --out "$out/demonstrations"
+run warmup policy warmup --data "$out/demonstrations" --model tiny --out "$out/warmup"
+run label prm label --tasks arithmetic --num-tasks 200 --policy "$out/warmup" --rollouts 8 \
+    --out "$out/labels"
+run train prm train --labels "$out/labels" --model "$out/warmup" --out "$out/prm"
+run exact prm label --tasks arithmetic --split test --first-task 1000 --num-tasks 40 \
+    --policy "$out/warmup" --rollouts 64 --out "$out/exact"
+run score prm score --prm "$out/prm" --trajectories "$out/exact/trajectories.jsonl" \
+    --out "$out/scores.jsonl"
+run measure prm evaluate --prm "$out/prm" --labels "$out/exact"
+run optimize policy optimize --policy "$out/warmup" --prm "$out/prm" --tasks arithmetic \
+    --steps 20 --out "$out/optimized"
+run before policy evaluate --policy "$out/warmup" --tasks arithmetic --num-tasks $test_tasks \
+    --samples 2 --out "$out/before"
+run after policy evaluate --policy "$out/optimized/policy" --tasks arithmetic \
+    --num-tasks $test_tasks --samples 2 --out "$out/after"
+run report python -m benchmarks demo --run "$out"

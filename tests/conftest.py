@@ -1,0 +1,27 @@
+"""Fixtures that every package's tests share."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# A busy machine is no failure, and a failure must come again on the next run.
+settings.register_profile("project", deadline=None, derandomize=True)
+settings.load_profile("project")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with data sets and tools beside the repository; absent on most machines."""
+    folder = REPOSITORY.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("needs the data folder ../shared beside the repository")
+    return folder

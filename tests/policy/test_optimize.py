@@ -1,0 +1,369 @@
+"""Optimization end to end on a two-layer policy that knows four problems, mostly."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from agent.engines.base import EngineError, EngineStats
+from agent.setup import AgentConfig, open_agent
+from labeling.run import LabelConfig, label
+from policy.evaluate import EvaluateConfig, evaluate
+from policy.optimize import OptimizeConfig, optimize
+from policy.rollout import episode_specs, load_pool, run_groups, tasks_of_step
+from policy.synthesize import SynthesizeConfig, synthesize
+from policy.tiny import make_tokenizer
+from policy.warmup import WarmupConfig, warmup
+from prm.train import TrainConfig, train
+from trajectory.errors import InputError
+from trajectory.run import read_manifest
+from trajectory.tracking import read_metrics
+
+TASKS = "arithmetic:operations=2"
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    """A small model that was shown the solutions of four problems."""
+    root = tmp_path_factory.mktemp("policy")
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        initializer_range=0.08,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(root / "random")
+    tokenizer.save_pretrained(root / "random")
+    synthesize(SynthesizeConfig(tasks=TASKS, num_tasks=4, out=root / "data", slip=0.0))
+    warmup(
+        WarmupConfig(
+            data=root / "data",
+            model=str(root / "random"),
+            out=root / "policy",
+            epochs=50,
+            learning_rate=1e-2,
+            step_tokens=1024,
+            held_out=0.0,
+            device="cpu",
+        )
+    )
+    return root / "policy"
+
+
+def agent_config(policy, **changes):
+    fields = {
+        "tasks": TASKS,
+        "policy": str(policy),
+        "num_tasks": 4,
+        "max_steps": 4,
+        "max_turn_tokens": 30,
+        "max_context": 300,
+        "concurrency": 16,
+        "device": "cpu",
+    }
+    return AgentConfig(**(fields | changes))
+
+
+@pytest.fixture(scope="module")
+def prm(policy, tmp_path_factory):
+    """A value model labelled with the policy's own rollouts."""
+    root = tmp_path_factory.mktemp("prm")
+    label(LabelConfig(agent=agent_config(policy), out=root / "labels", rollouts=2, samples=2))
+    train(
+        TrainConfig(
+            labels=root / "labels",
+            model=str(policy),
+            out=root / "prm",
+            epochs=1,
+            learning_rate=1e-3,
+            device="cpu",
+        )
+    )
+    return root / "prm"
+
+
+def config(policy, out, **changes):
+    agent = agent_config(policy, **changes.pop("agent", {}))
+    fields = {
+        "agent": agent,
+        "out": out,
+        "steps": 2,
+        "tasks_per_step": 2,
+        "group_size": 4,
+        "learning_rate": 1e-3,
+        "warmup_steps": 0,
+        "batch_tokens": 1500,
+    }
+    return OptimizeConfig(**(fields | changes))
+
+
+def weights(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+
+
+def accuracy(folder, tmp_path):
+    agent = dataclasses.replace(agent_config(folder), split="train")
+    return evaluate(EvaluateConfig(agent=agent, samples=32, out=tmp_path)).accuracy
+
+
+def test_a_run_leaves_policy_curve_metrics_state_and_manifest(policy, prm, tmp_path):
+    out = tmp_path / "run"
+    report = optimize(config(policy, out, prm=prm, save_every=1, steps=3))
+    assert report.policy == out / "policy"
+    assert AutoTokenizer.from_pretrained(out / "policy").chat_template
+    assert not same(weights(policy), weights(out / "policy"))
+    assert (out / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert sorted(p.name for p in (out / "state").iterdir()) == [
+        "step-000002.pt",
+        "step-000003.pt",
+    ]
+    manifest = read_manifest(out)
+    assert (manifest.kind, manifest.status) == ("optimize", "finished")
+    assert {p.path for p in manifest.parents} == {str(policy), str(prm)}
+    entries = read_metrics(out)
+    assert [e.step for e in entries] == [0, 1, 2]
+    wanted = {"outcome", "prm_last", "prm_gap", "prm_mean", "tokens", "tool_calls", "entropy"}
+    wanted |= {"loss", "gradient_norm", "kl_to_sampler", "clip_share", "learning_rate"}
+    wanted |= {"seconds/rollout", "seconds/score", "seconds/update", "stop/answered"}
+    assert wanted <= entries[0].metrics.keys()
+    table = [json.loads(t) for t in (out / "tables/trajectories.jsonl").read_text().splitlines()]
+    assert all(0 <= row["score_after"] <= 1 for row in table)
+
+
+def test_engine_and_trainer_agree_on_log_probabilities(policy, tmp_path):
+    optimize(config(policy, tmp_path / "run", steps=1))
+    metrics = read_metrics(tmp_path / "run")[0].metrics
+    assert metrics["kl_to_sampler"] < 1e-8
+    assert metrics["sampler_weight_mean"] == pytest.approx(1, abs=1e-4)
+
+
+def test_optimizing_makes_the_policy_better(policy, tmp_path):
+    report = optimize(config(policy, tmp_path / "run", steps=12, group_size=8, tasks_per_step=4))
+    before = accuracy(policy, tmp_path / "before")
+    after = accuracy(report.policy, tmp_path / "after")
+    assert before < 0.95
+    assert after > before + 0.03
+
+
+def command(settings):
+    """Return the command line of a config."""
+    agent = settings.agent
+    flags = {
+        "tasks": agent.tasks, "policy": agent.policy, "num-tasks": agent.num_tasks,
+        "max-steps": agent.max_steps, "max-turn-tokens": agent.max_turn_tokens,
+        "max-context": agent.max_context, "concurrency": agent.concurrency, "device": agent.device,
+        "out": settings.out, "steps": settings.steps, "prm": settings.prm,
+        "tasks-per-step": settings.tasks_per_step, "group-size": settings.group_size,
+        "learning-rate": settings.learning_rate, "warmup-steps": settings.warmup_steps,
+        "batch-tokens": settings.batch_tokens, "save-every": settings.save_every,
+    }  # fmt: skip
+    pairs = [(f"--{name}", str(value)) for name, value in flags.items()]
+    return [sys.executable, "-m", "policy.cli", "optimize", *(x for pair in pairs for x in pair)]
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_exactly_the_weights_of_an_uninterrupted_one(
+    policy, prm, tmp_path, repository
+):
+    whole = config(policy, tmp_path / "whole", prm=prm, steps=6, save_every=2, epochs=1)
+    optimize(whole)
+    cut = dataclasses.replace(whole, out=tmp_path / "cut")
+    environment = os.environ | {"PYTHONPATH": str(repository)}
+    with subprocess.Popen(
+        command(cut), env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL
+    ) as process:
+        deadline = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < deadline:
+            state = cut.out / "state"
+            if state.is_dir() and any(state.glob("step-*.pt")):
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.02)
+    assert process.returncode == -signal.SIGKILL
+    assert not (cut.out / "policy").exists()
+    done = len(read_metrics(cut.out))
+    assert 0 < done < 6
+    optimize(cut)
+    assert read_manifest(cut.out).starts == 2
+    assert same(weights(whole.out / "policy"), weights(cut.out / "policy"))
+    columns = ("outcome", "loss", "entropy", "prm_last")
+    curves = [
+        [[e.metrics[c] for c in columns] for e in read_metrics(folder)]
+        for folder in (whole.out, cut.out)
+    ]
+    assert curves[0] == curves[1]
+    assert len(curves[0]) == 6
+
+
+def test_a_finished_run_is_left_as_it_is_and_another_config_is_refused(policy, tmp_path):
+    settings = config(policy, tmp_path / "run")
+    optimize(settings)
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    optimize(settings)
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+    with pytest.raises(InputError, match=r"belongs to another run.*group_size"):
+        optimize(dataclasses.replace(settings, group_size=3))
+
+
+def test_lora_trains_adapters_and_saves_a_merged_policy(policy, tmp_path):
+    optimize(config(policy, tmp_path / "run", lora_rank=2, learning_rate=1e-2))
+    saved = torch.load(tmp_path / "run/state/step-000002.pt", weights_only=True)["parameters"]
+    assert saved
+    assert all("lora_" in name for name in saved)
+    before, after = weights(policy), weights(tmp_path / "run/policy")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("q_proj" in name for name in changed)
+    assert "model.embed_tokens.weight" not in changed
+
+
+def test_the_outcome_estimator_may_be_watched_by_a_prm_without_using_it(policy, prm, tmp_path):
+    optimize(config(policy, tmp_path / "plain", steps=1))
+    optimize(config(policy, tmp_path / "watched", steps=1, prm=prm, advantage="outcome"))
+    assert same(weights(tmp_path / "plain/policy"), weights(tmp_path / "watched/policy"))
+    assert "prm_gap" in read_metrics(tmp_path / "watched")[0].metrics
+
+
+def test_a_prm_that_scores_correctness_is_no_potential(policy, prm, tmp_path):
+    labels = json.loads((prm / "prm.json").read_text())["provenance"]["labels"]
+    base = TrainConfig(
+        labels=labels, model=str(policy), out=tmp_path / "binary", head="binary", epochs=1,
+        learning_rate=1e-3, device="cpu",
+    )  # fmt: skip
+    train(base)
+    with pytest.raises(InputError, match="needs a PRM of kind 'value'"):
+        optimize(config(policy, tmp_path / "run", prm=tmp_path / "binary"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"agent": {"engine": "vllm"}}, "updated in place, which needs --engine transformers"),
+        ({"agent": {"temperature": 0.0}}, "--temperature 0"),
+        ({"steps": 0}, "--steps must be >= 1"),
+        ({"group_size": 1}, "--group-size must be >= 2"),
+        ({"advantage": "gae"}, "choose from outcome, potential"),
+        ({"advantage": "potential"}, "needs the values of a PRM"),
+        ({"gae_lambda": 0.9}, "--gae-lambda does not apply"),
+        ({"prm": "x", "gae_lambda": 1.5}, r"--gae-lambda must be in \[0, 1\]"),
+        ({"learning_rate": 0.0}, "--learning-rate"),
+        ({"clip_low": 1.0}, "--clip-low"),
+        ({"warmup_steps": -1}, "--warmup-steps"),
+    ],
+)
+def test_impossible_settings_are_refused(changes, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        config("policy", tmp_path, **changes)
+
+
+def test_too_few_tasks_are_refused(policy, tmp_path):
+    with pytest.raises(InputError, match=r"4 tasks, fewer than --tasks-per-step 5"):
+        optimize(config(policy, tmp_path / "run", tasks_per_step=5))
+
+
+def test_a_missing_prm_is_refused_before_the_output_is_touched(policy, tmp_path):
+    with pytest.raises(InputError, match="none"):
+        optimize(config(policy, tmp_path / "run", prm=tmp_path / "none"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_endless_generator_gives_fresh_tasks_for_the_whole_run(policy):
+    pool = load_pool(agent_config(policy, num_tasks=None), needed=12, per_step=4)
+    assert len({t.task_id for t in pool}) == 12
+
+
+@given(st.integers(1, 6), st.integers(0, 5), st.integers(0, 9), st.integers(0, 50))
+def test_every_pass_visits_each_task_at_most_once(per_step, extra, seed, start):
+    pool = per_step + extra
+    per_pass = pool // per_step
+    first = start * per_pass
+    seen = [
+        i
+        for step in range(first, first + per_pass)
+        for i in tasks_of_step(pool, per_step, step=step, seed=seed)
+    ]
+    assert len(seen) == len(set(seen)) == per_pass * per_step
+    assert set(seen) <= set(range(pool))
+
+
+class _BrokenEngine:
+    """Fails for some requests, as a dying server does."""
+
+    name, policy, revision, max_context = "broken", "broken", "0", 300
+
+    def __init__(self, working, failing):
+        self.stats = EngineStats()
+        self.working, self.failing, self.count = working, failing, 0
+
+    async def generate(self, request):
+        if request.request_id.split("/")[-1].split("#")[0] in self.failing:
+            raise EngineError("out of memory")
+        return await self.working.generate(request)
+
+    async def close(self):
+        pass
+
+
+def run_with_failures(policy, failing):
+    import asyncio
+
+    from agent.engines.base import EngineOptions
+    from agent.engines.transformers import TransformersEngine
+
+    settings = agent_config(policy)
+    working = TransformersEngine(EngineOptions(policy=str(policy), max_context=300, max_batch=16))
+    pool = load_pool(settings, needed=2, per_step=2)
+
+    async def run():
+        async with open_agent(settings, engine=_BrokenEngine(working, failing)) as agent:
+            specs = list(episode_specs(pool[:2], group_size=4, step=0, seed=0))
+            return await run_groups(agent, specs, concurrency=8)
+
+    return asyncio.run(run())
+
+
+def test_groups_come_in_order_with_their_failures(policy):
+    groups = run_with_failures(policy, {"001"})
+    assert [len(g) for g in groups] == [4, 4]
+    assert [t.stop.failed for t in groups[0]] == [False, True, False, False]
+    assert [t.trajectory_id[-3:] for t in groups[1]] == ["000", "001", "002", "003"]
+
+
+def test_a_step_in_which_most_episodes_fail_stops_the_run(policy):
+    with pytest.raises(InputError, match=r"6 of 8 episodes failed \(out of memory\)"):
+        run_with_failures(policy, {"000", "001", "002"})
+
+
+def test_the_state_of_another_model_is_refused(policy, tmp_path):
+    settings = config(policy, tmp_path / "run", lora_rank=2)
+    optimize(settings)
+    shutil.rmtree(tmp_path / "run/policy")
+    state = tmp_path / "run/state/step-000002.pt"
+    content = torch.load(state, weights_only=True)
+    content["parameters"].popitem()
+    torch.save(content, state)
+    with pytest.raises(InputError, match="another model"):
+        optimize(settings)
