@@ -68,20 +68,6 @@ class BadCall:
     """Why it is no call, in words for the model."""
 
 
-def format_call(call: ToolCall) -> str:
-    """Write a call the way models of the ``<tool_call>`` family do.
-
-    Examples
-    --------
-    >>> print(format_call(ToolCall(name="calculator", arguments='{"expression": "1+2"}')))
-    <tool_call>
-    {"name": "calculator", "arguments": {"expression": "1+2"}}
-    </tool_call>
-    """
-    body = json.dumps({"name": call.name, "arguments": json.loads(call.arguments)})
-    return f"<tool_call>\n{body}\n</tool_call>"
-
-
 def parse_calls(text: str, tool_names: Sequence[str]) -> list[ToolCall | BadCall]:
     r"""Find the tool calls of one assistant turn.
 
@@ -180,7 +166,7 @@ class ChatFormat:
             )
         self.tokenizer = tokenizer
         self.tool_names = tuple(tool.name for tool in tools)
-        self._schemas: list[dict[str, Any]] = [dict(schema(tool)) for tool in tools]
+        self._schemas: list[Any] = [schema(tool) for tool in tools]
         self._observation_parts: dict[int, list[str]] = {}
         self._check_template()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 from agent.chat import ChatFormat, ChatKind
 from agent.engines import build_engine
@@ -52,6 +53,8 @@ class AgentConfig:
     """Episodes alive at a time, and most sequences in a batch."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 ..."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the policy; auto is float32 on CPU and bfloat16 on GPU."""
     allow_unsafe_tools: bool = False
     """Accept tools that run code without isolation on this machine."""
 
@@ -117,6 +120,7 @@ async def open_agent(config: AgentConfig, *, engine: Engine | None = None) -> As
         EngineOptions(
             policy=config.policy,
             device=config.device,
+            dtype=config.dtype,
             max_batch=config.concurrency,
             max_context=config.max_context,
         ),

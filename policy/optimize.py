@@ -72,7 +72,7 @@ class OptimizeConfig:
     """How far it may rise above 1."""
     max_grad_norm: float = 1.0
     """Bound on the gradient's norm."""
-    batch_tokens: int = 16_384
+    batch_tokens: int = 4096
     """Padded tokens of one forward pass of the trainer; bounds memory, changes nothing else."""
     lora_rank: int = 0
     """Train LoRA adapters of this rank instead of all weights."""

@@ -18,7 +18,6 @@ from fractions import Fraction
 from pathlib import Path
 from random import Random
 
-from agent.chat import format_call
 from agent.tasks import parse_tasks
 from agent.tasks.arithmetic import TOOL, ArithmeticDomain
 from agent.tasks.arithmetic_demonstrator import Weakness, demonstrate
@@ -26,6 +25,7 @@ from agent.tasks.base import Split, TaskDomain
 from agent.tools import build_tools, tools_hash
 from agent.tools.base import Tool
 from trajectory.errors import InputError
+from trajectory.formats import format_call
 from trajectory.progress import progress
 from trajectory.records import (
     JsonValue,

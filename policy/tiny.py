@@ -8,7 +8,6 @@ Hugging Face folder.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -16,9 +15,9 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from agent.chat import format_call
 from agent.tasks.arithmetic import SYSTEM_PROMPT, calculator_call
 from agent.tasks.arithmetic_problems import wording
+from trajectory.formats import format_call
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

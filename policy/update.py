@@ -63,7 +63,9 @@ def action_logprobs(
         logits_to_keep=keep,
     ).logits[:, :-1]
     mask_BT = batch.action_mask[:, first:]
-    logits_NV = logits_BTV[mask_BT].float() / temperature
+    logits_NV = logits_BTV[mask_BT].float()
+    if temperature != 1.0:
+        logits_NV = logits_NV / temperature
     targets_N = batch.input_ids[:, first:][mask_BT]
     logprobs_N = -nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
     return logprobs_N, _entropy(logits_NV)

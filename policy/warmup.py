@@ -392,7 +392,7 @@ def _interrupts() -> Iterator[list[int]]:
         return
     before = signal.getsignal(signal.SIGINT)
 
-    def remember(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    def remember(number: int, frame: FrameType | None) -> None:
         pending.append(number)
         signal.signal(signal.SIGINT, before)
 

@@ -21,12 +21,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from prm.data import Batch, Example, collate, group_by_length, plan_steps
+from prm.data import Batch, Example, collate, plan_steps
 from prm.heads import Head
-from prm.metrics import Array
-from prm.model import logits_at, num_trainable, to_device
+from prm.model import autocast, logits_at, num_trainable, to_device
+from prm.predict import Predictions, predict
 from trajectory.atomic import atomic_path
-from trajectory.progress import Progress, progress
+from trajectory.progress import progress
 from trajectory.seeds import derive_seed
 
 MAX_GRAD_NORM = 1.0
@@ -40,6 +40,14 @@ class Log(Protocol):
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics at an optimizer step."""
+        ...
+
+
+class Bar(Protocol):
+    """What shows how far training is."""
+
+    def advance(self, n: int = 1, **fields: str | int | float) -> None:
+        """Count steps."""
         ...
 
 
@@ -79,21 +87,6 @@ class Progressed:
     """Why training stopped early, if numbers broke down."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Predictions:
-    """What a model says of examples, in the examples' own order."""
-
-    margins_P: Array
-    """Raw log-odds."""
-    targets_P: Array
-    weights_P: Array
-
-    def nll(self) -> float:
-        """Negative log-likelihood per unit of weight, nats."""
-        z, y, w = self.margins_P, self.targets_P, self.weights_P
-        return float((w * (np.logaddexp(0, z) - y * z)).sum() / w.sum())
-
-
 def default_learning_rate(model: nn.Module, *, lora: bool) -> float:
     """Choose a learning rate by size: 1e-3 at a million parameters, falling with the square root.
 
@@ -117,33 +110,6 @@ def learning_rate_at(step: int, total: int, peak: float) -> float:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-def predict(
-    model: nn.Module, examples: Sequence[Example], head: Head, options: FitOptions
-) -> Predictions:
-    """Run the model over examples without gradients."""
-    device = next(model.parameters()).device
-    lengths = [len(e.input_ids) for e in examples]
-    parts: dict[int, tuple[Array, Array, Array]] = {}
-    model.eval()
-    with torch.inference_mode():
-        for indices in group_by_length(
-            range(len(examples)), lengths, batch_tokens=options.batch_tokens
-        ):
-            batch = collate([examples[i] for i in indices], head.targets, pad_id=options.pad_id)
-            with _autocast(device, options.bfloat16):
-                margins_P = head.margin(logits_at(model, to_device(batch, device)))
-            arrays = [
-                t.cpu().double().numpy() for t in (margins_P, batch.targets_P, batch.weights_P)
-            ]
-            rows = batch.rows_P.numpy()
-            for row, index in enumerate(indices):
-                z, y, w = (a[rows == row] for a in arrays)
-                parts[index] = (z, y, w)
-    columns = zip(*(parts[i] for i in range(len(examples))), strict=True)
-    z_P, y_P, w_P = (np.concatenate(column) for column in columns)
-    return Predictions(margins_P=z_P, targets_P=y_P, weights_P=w_P)
 
 
 class Fitter:
@@ -206,7 +172,7 @@ class Fitter:
         """
         plans = [self._plan(train, epoch) for epoch in range(self.options.epochs)]
         total = sum(len(plan) for plan in plans)
-        with progress("train", total, done=self.done.step) as bar:
+        with self._progress(total) as bar:
             for epoch in range(self.done.epoch, self.options.epochs):
                 if self._out_of_patience():
                     break
@@ -216,7 +182,14 @@ class Fitter:
                 self._finish_epoch(last, held_out, log)
         if self.done.best_epoch:
             self._load_weights(torch.load(self._best, weights_only=True))
+        self.accelerator.wait_for_everyone()
         return self.done
+
+    def _progress(self, total: int) -> AbstractContextManager[Bar]:
+        """Show progress once, not once per process."""
+        if self.accelerator.is_main_process:
+            return progress("train", total, done=self.done.step)
+        return nullcontext(_Silent())
 
     def _plan(self, train: Sequence[Example], epoch: int) -> list[list[list[int]]]:
         """Lay out an epoch."""
@@ -238,7 +211,7 @@ class Fitter:
         *,
         total: int,
         log: Log,
-        bar: Progress,
+        bar: Bar,
     ) -> dict[str, float]:
         """Take all steps of an epoch and return the last one's metrics, not yet logged."""
         torch.manual_seed(derive_seed("dropout", self.options.seed, self.done.epoch))
@@ -303,13 +276,13 @@ class Fitter:
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         """Sum the loss of one batch."""
-        with _autocast(self.accelerator.device, self.options.bfloat16):
+        with autocast(self.accelerator.device, self.options.bfloat16):
             logits_PC = logits_at(self.model, batch)
         return self.head.loss(logits_PC, batch.targets_P, batch.weights_P)
 
     def _finish_epoch(self, last: dict[str, float], held_out: Sequence[Example], log: Log) -> None:
         """Measure the held-out likelihood, keep the weights if best, and save the state."""
-        nll = predict(self.model, held_out, self.head, self.options).nll()
+        nll = self.predict(held_out).nll()
         if not math.isfinite(nll):
             self.done.diverged = f"held-out likelihood {nll} after epoch {self.done.epoch + 1}"
             return
@@ -323,19 +296,31 @@ class Fitter:
         log.log(self.done.step, {**last, "held_out/nll": nll, "epoch": float(self.done.epoch)})
         self._save(better=better)
 
+    def predict(self, examples: Sequence[Example]) -> Predictions:
+        """Say what the present weights predict of examples."""
+        options = self.options
+        return predict(
+            self.model,
+            examples,
+            self.head,
+            batch_tokens=options.batch_tokens,
+            pad_id=options.pad_id,
+            bfloat16=options.bfloat16,
+        )
+
     def _save(self, *, better: bool) -> None:
         """Write the state; the best weights first, so that a state never points at missing ones."""
-        if not self.accelerator.is_main_process:
-            return
-        weights = self._weights()
-        if better:
-            _write(self._best, weights)
-        state = {
-            "progressed": asdict(self.done),
-            "weights": weights,
-            "optimizer": self.optimizer.state_dict(),
-        }
-        _write(self._latest, state)
+        if self.accelerator.is_main_process:
+            weights = self._weights()
+            if better:
+                _write(self._best, weights)
+            state = {
+                "progressed": asdict(self.done),
+                "weights": weights,
+                "optimizer": self.optimizer.state_dict(),
+            }
+            _write(self._latest, state)
+        self.accelerator.wait_for_everyone()
 
     def _restore(self) -> None:
         """Continue from the state an interrupted run left."""
@@ -357,6 +342,13 @@ class Fitter:
                 named[name].copy_(value)
 
 
+class _Silent:
+    """Progress that nobody sees."""
+
+    def advance(self, n: int = 1, **fields: str | int | float) -> None:
+        """Do nothing."""
+
+
 def _weightless(batch: Batch) -> Batch:
     """Copy a batch with every position masked."""
     return Batch(
@@ -367,11 +359,6 @@ def _weightless(batch: Batch) -> Batch:
         targets_P=batch.targets_P,
         weights_P=torch.zeros_like(batch.weights_P),
     )
-
-
-def _autocast(device: torch.device, bfloat16: bool) -> AbstractContextManager[Any]:
-    """Compute in bfloat16 if asked to."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16)
 
 
 def _write(path: Path, state: object) -> None:

@@ -13,9 +13,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -42,13 +42,13 @@ def quiet_transformers() -> Iterator[None]:
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            transformers_logging.enable_progress_bar()
 
 
 def open_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
@@ -262,6 +262,11 @@ def open_config(base: str | Path) -> PretrainedConfig:
         raise InputError(f"{base} is not a model that loads: {_first_line(error)}") from error
     assert isinstance(config, PretrainedConfig)
     return config
+
+
+def autocast(device: torch.device, bfloat16: bool) -> AbstractContextManager[Any]:
+    """Compute forwards in bfloat16 if asked to; weights and gradients stay as they are."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16)
 
 
 def context_length(config: PretrainedConfig) -> int | None:

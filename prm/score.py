@@ -142,8 +142,12 @@ class Scorer:
 
     @property
     def checkpoint_hash(self) -> str:
-        """Content hash, written into every score."""
+        """Content hash of the checkpoint."""
         return self._checkpoint.hash
+
+    def score_id(self, *, calibrated: bool) -> str:
+        """Return what scores are marked with: the hash, and ``+raw`` if they are uncalibrated."""
+        return self.checkpoint_hash if calibrated else f"{self.checkpoint_hash}+raw"
 
     def render(self, trajectories: Sequence[Trajectory]) -> list[Rendered]:
         """Turn trajectories into the token ids and positions the model is given."""
@@ -178,7 +182,7 @@ class Scorer:
         return [
             StepScores(
                 trajectory_id=trajectory.trajectory_id,
-                checkpoint=self.checkpoint_hash,
+                checkpoint=self.score_id(calibrated=calibrated),
                 values=tuple(calibrate.apply(calibration, margins_P).tolist()),
                 kind=self.kind,
                 position=self.position,
@@ -310,17 +314,11 @@ def _scored_ids(config: ScoreConfig, scorer: Scorer) -> list[str]:
     scored = list(read_jsonl(config.out, StepScores))
     if not scored:
         return []
-    if scored[0].checkpoint != scorer.checkpoint_hash:
-        raise InputError(f"{config.out} holds scores of another PRM: give another --out")
-    first = next(iter(read_jsonl(config.trajectories, Trajectory)))
-    again = scorer.score([first], calibrated=config.calibrated)[0]
-    same = len(again.values) == len(scored[0].values) and np.allclose(
-        again.values, scored[0].values, atol=1e-3
-    )
-    if not same:
+    wanted = scorer.score_id(calibrated=config.calibrated)
+    if scored[0].checkpoint != wanted:
         raise InputError(
-            f"{config.out} holds other scores (calibrated or not, or other trajectories): give "
-            "another --out"
+            f"{config.out} holds scores of another PRM, or of this one with other calibration "
+            f"({scored[0].checkpoint}, not {wanted}): give another --out"
         )
     return [s.trajectory_id for s in scored]
 

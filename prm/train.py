@@ -32,7 +32,7 @@ from prm.checkpoint import (
     vocabulary_of,
 )
 from prm.data import Example, OnLong, Position, keep_short, make_examples
-from prm.fit import FitOptions, Fitter, default_learning_rate, predict
+from prm.fit import FitOptions, Fitter, default_learning_rate
 from prm.heads import Head, get_head
 from prm.model import (
     Device,
@@ -45,6 +45,7 @@ from prm.model import (
     open_tokenizer,
     pick_device,
 )
+from prm.predict import predict
 from trajectory.errors import InputError
 from trajectory.records import LabelledTrajectory
 from trajectory.run import config_dict, open_run
@@ -309,7 +310,9 @@ def _save(
     """Merge, calibrate on the held-out part, write the folder and remove the resumable state."""
     model = merge_lora(fitter.raw_model)
     head, done, options = fitter.head, fitter.done, fitter.options
-    held_out = predict(model, split.held_out, head, options)
+    held_out = predict(  # in float32, as scoring does
+        model, split.held_out, head, batch_tokens=options.batch_tokens, pad_id=options.pad_id
+    )
     calibration = calibrate.fit(held_out.margins_P, held_out.targets_P, held_out.weights_P)
     tokenizer = open_tokenizer(config.model)
     tasks = split.tasks()

@@ -13,7 +13,6 @@ Everything is a function of the sequence of calls: no clock, no randomness, no t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -391,7 +390,7 @@ def _make_batch(turns: list[Turn]) -> _Batch:
     )
 
 
-def _group_by_length(missing: dict[int, tuple[int, Sequence[int]]]) -> list[list[int]]:
+def _group_by_length(missing: dict[int, tuple[int, list[int]]]) -> list[list[int]]:
     """Split slots into groups for one forward pass each: fresh apart, similar lengths together."""
     groups: list[list[int]] = []
     shortest = 0

@@ -45,9 +45,7 @@ class Plan:
         return self.rows[heads]
 
 
-def lazy_zeros(
-    shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
+def lazy_zeros(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return zeros that on a CPU cost neither time nor memory until they are touched.
 
     Attention reads positions that were never written and masks them, which needs them finite;
@@ -71,7 +69,7 @@ class SlotLayer(CacheLayerMixin):
     """Keys and values of one layer, shape (R, H, W, D) each, allocated at the first write."""
 
     def __init__(self, cache: SlotCache) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._cache = cache
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from agent.engines.base import EngineOptions
 from trajectory.errors import InputError
@@ -35,7 +36,7 @@ def load_config(policy: str) -> PretrainedConfig:
     if not folder.exists() and (folder.is_absolute() or policy.startswith(".")):
         raise InputError(f"there is no model folder {policy}")
     try:
-        config = AutoConfig.from_pretrained(policy)
+        config: PretrainedConfig = AutoConfig.from_pretrained(policy)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"cannot load the policy {policy}: {_sentence(error)}") from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
@@ -70,7 +71,36 @@ def load_model(options: EngineOptions) -> PreTrainedModel:
         )
     except Exception as error:  # a broken file raises its reader's own exception
         raise InputError(f"cannot load the policy {options.policy}: {_sentence(error)}") from error
-    return model.to(device).eval()
+    nn.Module.to(model, device)
+    model.eval()
+    return model
+
+
+def align_weights(model: nn.Module) -> None:
+    """Move weights that lie at an odd address to one torch would have chosen.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place; parameters stay the same objects, so optimizers and ties survive.
+
+    Notes
+    -----
+    Weights read from a file are views into it at any address, and CPU matrix kernels round
+    differently at other alignments: without this, a resumed run, whose weights come from a file,
+    would differ in the last bits from one whose weights were always in memory.
+    """
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+                tensor.data = tensor.data.clone()
+
+
+def embedding_weight(model: PreTrainedModel) -> torch.Tensor:
+    """Return the input embedding: its device and dtype stand for the model's."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
 
 
 def resolve_device(name: str) -> torch.device:

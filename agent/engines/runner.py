@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from agent.engines.kv_cache import Plan, SlotCache
+from agent.engines.loading import embedding_weight
 from trajectory.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def slot_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    **kwargs: object,
+    **kwargs: Any,  # noqa: ANN401 - whatever the layer passes
 ) -> tuple[torch.Tensor, None]:
     """Attend as transformers' ``sdpa`` does, without copying shared key-value heads at decoding.
 
@@ -70,13 +71,12 @@ def slot_attention(
     if num_tokens > 1 or group == 1 or kwargs.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     grouped = query.reshape(num_rows, key.shape[1], group, query.shape[3])
-    scale = kwargs.get("scaling")
     attended = scaled_dot_product_attention(
         grouped,
         key,
         value,
         attn_mask=attention_mask,
-        scale=scale if isinstance(scale, float) else None,
+        scale=kwargs.get("scaling"),
     )
     return attended.reshape(num_rows, 1, num_heads, value.shape[3]), None
 
@@ -104,9 +104,8 @@ class Runner:
 
     def __init__(self, model: PreTrainedModel, *, name: str, max_context: int) -> None:
         self.model = model
-        embedding = model.get_input_embeddings().weight
-        self.device: torch.device = embedding.device
-        self.dtype: torch.dtype = embedding.dtype
+        self.device = embedding_weight(model).device
+        self.dtype = embedding_weight(model).dtype
         self.vocabulary: int = model.config.get_text_config().vocab_size
         self._cache: SlotCache | None = None
         _refuse_unservable(model, name=name, max_context=max_context)
@@ -208,7 +207,7 @@ class Runner:
 
 @contextmanager
 def _serving(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, inference mode and slot attention; afterwards everything as before."""
+    """Put the model in evaluation and inference mode with slot attention, then all back."""
     training = [module for module in model.modules() if module.training]
     attention = model.config._attn_implementation
     for module in training:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 from agent.engines.base import (
     EngineError,
@@ -122,7 +122,7 @@ class ScriptedEngine:
 
     @classmethod
     def from_options(cls, options: EngineOptions) -> ScriptedEngine:
-        """Make the engine of the table: it guesses ``\\boxed{d}`` with the digit the seed gives.
+        r"""Make the engine of the table: it guesses ``\boxed{d}`` with the digit the seed gives.
 
         The policy's tokenizer encodes the turns; the policy ``scripted`` needs none.
         """
@@ -174,8 +174,9 @@ class ScriptedEngine:
 def _table_script(turns: Mapping[str, str | Sequence[str]] | Sequence[str]) -> Script:
     """Turn a table, or a list of turns for any prompt, into a function."""
     table = turns if isinstance(turns, Mapping) else {"": turns}
-    choices = {key: (value,) if isinstance(value, str) else tuple(value) for key, value in
-               table.items()}
+    choices = {
+        key: (value,) if isinstance(value, str) else tuple(value) for key, value in table.items()
+    }
     if not choices or not all(choices.values()):
         raise InputError("a scripted engine needs at least one turn for every key of its table")
 
@@ -210,7 +211,6 @@ def _load_tokenizer(policy: str) -> Codec:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Codec = AutoTokenizer.from_pretrained(policy)
+        return cast("Codec", AutoTokenizer.from_pretrained(policy))
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load the tokenizer of the policy {policy}") from error
-    return tokenizer

@@ -21,7 +21,13 @@ from agent.engines.base import (
 )
 from agent.engines.checks import check_options, check_request
 from agent.engines.decoder import Decoder, Turn
-from agent.engines.loading import load_model, resolve_device, resolve_dtype
+from agent.engines.loading import (
+    align_weights,
+    embedding_weight,
+    load_model,
+    resolve_device,
+    resolve_dtype,
+)
 from agent.engines.runner import Runner
 from trajectory.errors import InputError
 
@@ -40,7 +46,7 @@ class TransformersEngine:
     options : EngineOptions
         ``max_context`` is lowered to what the model was made for.
     model : PreTrainedModel, optional
-        Use this object (shared, never copied) instead of loading ``options.policy``.
+        Use this object (shared, not copied) instead of loading ``options.policy``.
     tokenizer : PreTrainedTokenizerBase, optional
         Kept beside the model for whoever needs it; the engine itself sees only ids.
 
@@ -72,6 +78,7 @@ class TransformersEngine:
         self.stats = EngineStats()
         self.tokenizer = tokenizer
         self.model = load_model(options) if model is None else _agreeing(model, options)
+        align_weights(self.model)
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.max_context = min(options.max_context, longest or options.max_context)
         runner = Runner(self.model, name=options.policy, max_context=self.max_context)
@@ -188,7 +195,7 @@ class TransformersEngine:
 
 def _agreeing(model: PreTrainedModel, options: EngineOptions) -> PreTrainedModel:
     """Check that the given model is where and what the options say."""
-    weight = model.get_input_embeddings().weight
+    weight = embedding_weight(model)
     if options.device != "auto" and resolve_device(options.device).type != weight.device.type:
         raise InputError(f"device {options.device} was asked for, the model is on {weight.device}")
     if options.dtype != "auto" and resolve_dtype(options.dtype, weight.device) != weight.dtype:

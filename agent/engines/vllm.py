@@ -7,13 +7,18 @@ a loop of its own in a background thread; its heavy work happens in child proces
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib.util
 import itertools
+import multiprocessing
 import os
 import threading
+import warnings
 from collections.abc import Coroutine
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
 
 from agent.engines.base import (
     EngineError,
@@ -28,7 +33,7 @@ from trajectory.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-    from vllm import SamplingParams
+    from vllm import CompletionOutput, SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
 T = TypeVar("T")
@@ -40,8 +45,18 @@ _ENVIRONMENT = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
 """Set unless the user has set them; vLLM has no other way to say these things."""
+_DTYPES: dict[torch.dtype, Literal["float32", "bfloat16", "float16"]] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
 _SPARE_TOKENS = 1024
 """Cache beyond ``max_cache_tokens``: blocks are handed out whole."""
+
+_STEP_TOKENS = 2048
+"""Tokens of one vLLM step on a CPU, where longer contexts do not ask for more."""
+_SHUTDOWN_S = 60.0
+"""Time vLLM's processes get to end in good order before they are killed."""
 
 
 class VllmEngine:
@@ -135,51 +150,60 @@ class VllmEngine:
         """Start vLLM on this loop."""
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        from vllm import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
-
         device = resolve_device(options.device)
-        dtype = str(resolve_dtype(options.dtype, device)).removeprefix("torch.")
+        dtype = resolve_dtype(options.dtype, device)
+        on_cpu = device.type == "cpu"
         cache_bytes = None
         if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             cache_bytes = _cache_bytes(config, options, dtype=dtype)
-        arguments = AsyncEngineArgs(
-            model=options.policy,
-            skip_tokenizer_init=True,
-            generation_config="vllm",
-            dtype=dtype,
-            seed=options.seed,
-            max_model_len=self.max_context,
-            max_num_seqs=options.max_batch,
-            kv_cache_memory_bytes=cache_bytes,
-            enable_prefix_caching=True,
-            enforce_eager=device.type == "cpu",
-            logprobs_mode="processed_logprobs",
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-        )
-        self._llm = AsyncLLM.from_engine_args(arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # vLLM's own use of deprecated functions
+            from vllm import AsyncEngineArgs
+            from vllm.v1.engine.async_llm import AsyncLLM
+
+            arguments = AsyncEngineArgs(
+                model=options.policy,
+                skip_tokenizer_init=True,
+                generation_config="vllm",
+                dtype=_DTYPES[dtype],
+                seed=options.seed,
+                max_model_len=self.max_context,
+                max_num_seqs=options.max_batch,
+                kv_cache_memory_bytes=cache_bytes,
+                enable_prefix_caching=True,
+                # On a CPU a seeded request whose prompt is computed in parts kills vLLM 0.32
+                # ("CPU Generator does not use offset"), so every prompt must fit one step.
+                enable_chunked_prefill=False if on_cpu else None,
+                max_num_batched_tokens=max(self.max_context, _STEP_TOKENS) if on_cpu else None,
+                enforce_eager=on_cpu,
+                logprobs_mode="processed_logprobs",
+                disable_log_stats=True,
+                use_tqdm_on_load=False,
+            )
+            self._llm = AsyncLLM.from_engine_args(arguments)
 
     async def _generate(self, request: GenerateRequest) -> tuple[Generation, int]:
         """Run one request; return the turn and how many prompt tokens were cached."""
         assert self._llm is not None
-        output = None
         stream = self._llm.generate(
             {"prompt_token_ids": list(request.prompt_ids)},
             _sampling_params(request, self.max_context),
             request_id=f"{request.request_id}/{next(self._ids)}",
         )
-        cached = 0
+        generation, cached = None, 0
         async for result in stream:
             cached = max(cached, result.num_cached_tokens or 0)
             output = result.outputs[0]
-            end = _first_end(request, output.token_ids)
+            ids = list(output.token_ids)
+            end = _first_end(request, ids)
             if end is not None:
                 await stream.aclose()  # tells vLLM to stop
-                return _generation(output.token_ids[:end], output.logprobs[:end], "stop"), cached
-        if output is None:
+                return _generation(ids[:end], output, finish="stop"), cached
+            if result.finished:
+                generation = _generation(ids, output, finish=output.finish_reason)
+        if generation is None:
             raise EngineError("vLLM returned nothing")
-        return _generation(output.token_ids, output.logprobs, output.finish_reason), cached
+        return generation, cached
 
     def _shut_down(self) -> None:
         """End every task, the child processes and the thread; may be called twice."""
@@ -197,10 +221,13 @@ class VllmEngine:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        llm, self._llm = self._llm, None
-        if llm is not None:
-            llm.shutdown()
-            await asyncio.sleep(0)
+        if self._llm is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # vLLM leaves sockets to the collector
+                self._llm.shutdown(timeout=_SHUTDOWN_S)
+                self._llm = None
+                gc.collect()
+            multiprocessing.active_children()  # reaps the ended processes
 
 
 def _sampling_params(request: GenerateRequest, max_context: int) -> SamplingParams:
@@ -237,22 +264,22 @@ def _first_end(request: GenerateRequest, ids: list[int]) -> int | None:
     return next((n for n in range(1, len(ids) + 1) if request.stop_when(ids[:n])), None)
 
 
-def _generation(ids: list[int], logprobs: list[Any], finish: str | None) -> Generation:
-    """Translate vLLM's output into ours."""
+def _generation(ids: list[int], output: CompletionOutput, *, finish: str | None) -> Generation:
+    """Translate vLLM's output, or its first ``ids``, into ours."""
     if finish not in ("stop", "length"):
         raise EngineError(f"vLLM ended the request with {finish!r}")
+    rows: list[Any] = list(output.logprobs or ())[: len(ids)]
     return Generation(
         token_ids=tuple(ids),
-        logprobs=tuple(row[token].logprob for row, token in zip(logprobs, ids, strict=True)),
+        logprobs=tuple(row[token].logprob for row, token in zip(rows, ids, strict=True)),
         finish="stop" if finish == "stop" else "length",
     )
 
 
-def _cache_bytes(config: PretrainedConfig, options: EngineOptions, *, dtype: str) -> int:
+def _cache_bytes(config: PretrainedConfig, options: EngineOptions, *, dtype: torch.dtype) -> int:
     """Bytes of the key-value cache that hold ``max_cache_tokens`` tokens."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    itemsize = 4 if dtype == "float32" else 2
-    per_token = 2 * int(text.num_hidden_layers) * int(heads) * int(width) * itemsize
+    per_token = 2 * int(text.num_hidden_layers) * int(heads) * int(width) * dtype.itemsize
     return per_token * (options.max_cache_tokens + _SPARE_TOKENS)

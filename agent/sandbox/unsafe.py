@@ -2,14 +2,15 @@
 
 It protects the caller from accidents: each session is a fresh interpreter with an empty
 environment and a private folder, its CPU time, wall clock, memory, output and file size are
-limited, and its process group is killed at any limit, at close, and when the caller dies.
+limited, its process group is killed at any limit and at close, and it dies with the caller.
 
 It does NOT protect against malice. The code runs as the calling user: it can read and write every
 file that user can, use the network, start processes (one that calls ``setsid`` outlives the
 session; there is no limit on their number, as RLIMIT_NPROC counts per user), send signals to the
 user's other processes, fill the disk with many small files, raise its memory limit if that user
 is root, and change the runner it shares a process with, so that its own later results are lies.
-Threads it leaves behind may print into later turns. Hence ``--allow-unsafe-tools``.
+Threads it leaves behind may print into later turns. A caller killed by SIGKILL leaves behind the
+session's temporary folder and the processes the code had started. Hence ``--allow-unsafe-tools``.
 
 States are restored by replay: after a limit or crash, and in a branch, the codes on the path are
 run again in a fresh child, and each must give the output it gave before.

@@ -127,10 +127,11 @@ def plain_number(text: str) -> tuple[Fraction, bool] | None:
     """
     if len(text) > MAX_NUMBER_CHARS:
         return None
-    cleaned = re.sub(r"\\(?:text|mbox|mathrm|textbf)\s*\{([^{}\\]*)\}", r" \1 ", text)
+    cleaned = text.replace("\\$", "").replace("**", "")
+    cleaned = re.sub(r"\\(?:text|mbox|mathrm|textbf)\s*\{([^{}\\]*)\}", r" \1 ", cleaned)
     cleaned = re.sub(r"\\[!,;]\s*|(?:\\\s)", "", cleaned).replace("{,}", ",")
     cleaned = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\u00b0", " ", cleaned)
-    cleaned = cleaned.replace("\u2212", "-").replace("\\$", "").replace("$", "")
+    cleaned = cleaned.replace("\u2212", "-").replace("$", "")
     percent = "%" in cleaned
     cleaned = cleaned.replace("\\%", " ").replace("%", " ")
     match = _PHRASE.fullmatch(trim(cleaned))

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Literal
 
-from agent.chat import format_call
 from agent.tasks.arithmetic import calculator_call, gold_call, gold_problem, progress
 from agent.tasks.arithmetic_problems import KINDS, Operation, Problem
 from agent.tools.base import Tool
+from trajectory.formats import format_call
 from trajectory.records import Step, Task, ToolCall
 
 SlipKind = Literal["wrong_operator", "wrong_operand", "wrong_digit", "skipped"]

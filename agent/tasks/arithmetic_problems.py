@@ -217,7 +217,7 @@ def _draw_operation(
     values = [start, *(value for _, _, value in chain)]
     told = {(kind, operands) for kind, operands, _ in chain if operands}
     x = values[-1]
-    for _ in range(50):
+    for attempt in range(50):
         kind = _pick(rng, HARD if rng.random() < hard else EASY)
         operands = _operands(rng, kind, dials.numbers)
         value = _apply(kind, x, operands)
@@ -225,7 +225,7 @@ def _draw_operation(
             value is not None
             and 2 <= value <= min(LARGEST_VALUE, 50 * dials.numbers)
             and value not in values
-            and (kind, operands) not in told
+            and ((kind, operands) not in told or attempt >= 25)
             and (kind, x) not in (("twice", 2), ("half", 4))
             and (may_switch or not KINDS[kind].switches)
         ):

@@ -25,6 +25,31 @@ MAX_ANSWER_CHARS = 1000
 _NUMBER_BASE = re.compile(r"\d\s*_\s*\{?\s*(\d+)\s*\}?$")
 
 
+SYSTEM_PROMPT = """\
+Answer problems by running Python in small steps. Reply with ONLY one short code block per turn,
+without any explanation; it is run and you are shown what it prints; variables are kept.
+When you know the answer, reply with one sentence holding \\boxed{answer}.
+
+Example
+Problem: A crate holds 12 jars and a shop has 3 crates. It sells 9 jars and then the others at $2
+each. How many dollars do the others bring?
+Your first turn:
+```python
+jars = 12 * 3
+print(jars)
+```
+You are shown: 36
+Your second turn:
+```python
+others = jars - 9
+print(others * 2)
+```
+You are shown: 54
+Your last turn:
+The others bring \\boxed{54} dollars."""
+"""A worked example keeps small models to short turns, which is what makes an action scorable."""
+
+
 class MathDomain:
     r"""Problems from a file or a data set, judged by the value of the final answer.
 
@@ -46,11 +71,7 @@ class MathDomain:
 
     def __init__(self, source: str) -> None:
         self.name = "math"
-        self.system_prompt = (
-            "Solve the problem. Think step by step, and use the python tool for computation "
-            "instead of calculating in your head. "
-            "When you are done, give the final answer in \\boxed{}."
-        )
+        self.system_prompt = SYSTEM_PROMPT
         self.default_tools: tuple[str, ...] = ("python",)
         self._source = source
         self._verifier = Verifier()

@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.chat import BadCall, ChatFormat, format_call, parse_calls
+from agent.chat import BadCall, ChatFormat, parse_calls
 from agent.tools import build_tools
 from trajectory.errors import InputError
+from trajectory.formats import format_call
 from trajectory.records import ToolCall
 
 CALCULATOR = build_tools(["calculator"], allow_unsafe=False)

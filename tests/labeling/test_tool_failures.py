@@ -9,7 +9,7 @@ from agent.tools.base import SideEffect, ToolFailure
 from agent.tools.calculator import CalculatorSession, CalculatorTool
 from labeling.ledger import Rollout
 from labeling.run import LabelConfig, label
-from tests.labeling.walker import WalkerEngine, agent_config
+from tests.labeling.walker import WalkerEngine, agent_config, make_tasks
 from trajectory.errors import InputError
 from trajectory.records import StopReason, Trajectory
 from trajectory.store import read_jsonl
@@ -38,13 +38,15 @@ class FragileCalculator(CalculatorTool):
 def run(lab, tmp_path, monkeypatch):
     """Label with a fragile calculator."""
 
-    def run(broken, *, effect=SideEffect.PURE, **changes):
+    def run(broken, *, effect=SideEffect.PURE, tasks=None, **changes):
         tool = FragileCalculator(broken)
         tool.effect = effect
         monkeypatch.setitem(agent.tools.TOOLS, "calculator", lambda allow_unsafe: tool)
         settings = {"samples": 2, "rollouts": 4, **changes}
         config = LabelConfig(
-            agent=agent_config(lab, concurrency=4), out=tmp_path / "labels", **settings
+            agent=agent_config(lab, concurrency=4, **({"tasks": str(tasks)} if tasks else {})),
+            out=tmp_path / "labels",
+            **settings,
         )
         return label(config, engine=WalkerEngine(lab / "policy"))
 
@@ -64,17 +66,17 @@ def test_a_tool_that_never_works_stops_the_run_with_nothing_written(run, tmp_pat
 
 def test_a_tool_that_dies_midway_stops_the_run_and_costs_no_rollout(run, tmp_path):
     calls = Counter()
+    tasks = make_tasks(tmp_path / "many.jsonl", 20)
 
     def dies(task):
         calls["all"] += 1
         return calls["all"] > 40
 
     with pytest.raises(InputError, match="a tool stopped working"):
-        run(dies)
-    before = len(rollouts(tmp_path))
-    assert before > 10
-    report = run(lambda task: False)
-    assert report.counts["labelled"] == 12
+        run(dies, tasks=tasks)
+    assert len(rollouts(tmp_path)) > 10
+    report = run(lambda task: False, tasks=tasks)
+    assert report.counts["labelled"] == 40
     stops = Counter(r.stop for r in rollouts(tmp_path))
     assert stops[StopReason.ANSWERED] == report.counts["rollouts"] - report.counts["failed"]
     assert report.counts["failed"] == 0

@@ -13,11 +13,12 @@ import sys
 from pathlib import Path
 from random import Random
 
-from agent.chat import ChatFormat, format_call
+from agent.chat import ChatFormat
 from agent.engines.base import EngineError, EngineStats, GenerateRequest, Generation
 from agent.setup import AgentConfig
 from labeling.run import LabelConfig, label
 from trajectory.command import Command, main
+from trajectory.formats import format_call
 from trajectory.records import ToolCall
 
 GOOD, BAD, START = 0.8, 0.1, 0.45

@@ -20,9 +20,7 @@ UNIT = st.floats(0, 1, allow_subnormal=False)
 def groups(draw, min_size=1):
     steps = draw(st.lists(st.integers(1, 5), min_size=min_size, max_size=5))
     first = draw(UNIT)  # all trajectories of a group share the prompt, hence V(s_0)
-    values = tuple(
-        np.array([first, *draw(st.lists(UNIT, min_size=s, max_size=s))]) for s in steps
-    )
+    values = tuple(np.array([first, *draw(st.lists(UNIT, min_size=s, max_size=s))]) for s in steps)
     outcomes = np.array(draw(st.lists(UNIT, min_size=len(steps), max_size=len(steps))))
     return Group(outcomes=outcomes, num_steps=tuple(steps), values=values)
 

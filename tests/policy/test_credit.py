@@ -56,7 +56,7 @@ def test_groups_with_equal_outcomes_are_skipped_for_outcome_only():
     credit = outcome_credit(groups)
     assert [r.trajectory_id for r in credit.rows] == ["a", "b"]
     assert (credit.groups_used, credit.groups_skipped) == (1, 1)
-    scores = scores_of(**{n: (0.5, 0.6, 0.7) for n in "abcd"})
+    scores = scores_of(**dict.fromkeys("abcd", (0.5, 0.6, 0.7)))
     credit = assign_credit(groups, scores, estimator=ADVANTAGES["potential"], gae_lambda=1.0)
     assert [r.trajectory_id for r in credit.rows] == ["a", "b", "c", "d"]
     assert (credit.groups_used, credit.groups_skipped) == (2, 0)

@@ -1,5 +1,6 @@
 """The policy loss: worked numbers, where the gradient stops, and independence of batching."""
 
+import itertools
 import math
 
 import numpy as np
@@ -92,9 +93,7 @@ def test_stats_of_parts_add_up_to_those_of_the_whole():
 def test_mismatched_shapes_and_empty_denominators_are_refused():
     good = log(0.5, 0.5)
     with pytest.raises(ValueError, match="one shape"):
-        policy_loss(
-            good, good[:1], old_logprobs_N=good, sampler_logprobs_N=good, denominator=2
-        )
+        policy_loss(good, good[:1], old_logprobs_N=good, sampler_logprobs_N=good, denominator=2)
     with pytest.raises(ValueError, match="denominator"):
         policy_loss(good, good, old_logprobs_N=good, sampler_logprobs_N=good, denominator=0)
 
@@ -157,7 +156,7 @@ def test_the_gradient_is_the_same_for_any_micro_batch_split_and_padding(seed, cu
     model, rows = tiny_model(), random_rows(seed, 6)
     order = np.random.default_rng(seed).permutation(6).tolist()
     edges = [0, *sorted(cuts), 6]
-    split = [order[a:b] for a, b in zip(edges, edges[1:], strict=False) if a < b]
+    split = [order[a:b] for a, b in itertools.pairwise(edges) if a < b]
     whole = gradient_of(model, rows, [list(range(6))])
     parts = gradient_of(model, rows, split, extra)
     assert whole.abs().max() > 1e-3

@@ -35,6 +35,7 @@ def prm_folder(base: Path, labels: Path, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture
 def copied_prm(prm_folder: Path, tmp_path: Path) -> Callable[[], Path]:
     """A function that copies the trained reward model, to be spoilt."""
+
     def copy() -> Path:
         return Path(shutil.copytree(prm_folder, tmp_path / "prm"))
 

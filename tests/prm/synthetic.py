@@ -57,8 +57,8 @@ def make_base(folder: Path, *, layers: int = 2, hidden: int = 32, seed: int = 0)
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=hidden // 32,  # vLLM's CPU kernels need heads of 32
+        num_key_value_heads=hidden // 32,
         max_position_embeddings=512,
         tie_word_embeddings=True,
     )

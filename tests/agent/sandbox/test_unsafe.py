@@ -154,10 +154,11 @@ asyncio.run(main())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the death signal is Linux's")
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
-def test_the_callers_death_ends_a_running_child(repository, signal_number):
+def test_the_callers_death_ends_a_running_child(repository, signal_number, tmp_path):
     with subprocess.Popen(
         [sys.executable, "-c", CALLER],
         cwd=repository,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     ) as caller:

@@ -168,7 +168,7 @@ def test_a_task_holds_its_problem():
         ({"operation": "3"}, "choose from operations, distractors, hard, numbers, deceptive"),
         ({"operations": "1-4"}, "from 2 to 16"),
         ({"operations": "5-3"}, "the range is empty"),
-        ({"operations": "2-"}, None),
+        ({"operations": "x-4"}, "from 2 to 16"),
         ({"distractors": "-1"}, "from 0 to 4"),
         ({"deceptive": "1.5"}, "from 0 to 1"),
         ({"hard": "nan"}, "from 0 to 1"),
@@ -379,6 +379,9 @@ def test_an_unknown_tool_name_is_not_faithful():
     assert not progress(HAND, [other]).faithful
 
 
-GOLDEN_ID = "arithmetic-test-000123-"
-GOLDEN_PROMPT = ""
-GOLDEN_ANSWER = ""
+GOLDEN_ID = "arithmetic-test-000123-aa2c4ba3"
+GOLDEN_PROMPT = (
+    "Mia has 14 coins. She wins 16 coins. She is 16 years old. She sells 11 coins. "
+    "She drops 10 coins. She drops 5 coins. How many coins does Mia have?"
+)
+GOLDEN_ANSWER = "4"

@@ -1,0 +1,82 @@
+"""What a model says of labelled examples, for held-out likelihood and calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from prm.data import Example, collate, group_by_length
+from prm.heads import Head
+from prm.metrics import Array
+from prm.model import autocast, logits_at, to_device
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Predictions:
+    """What a model says of examples, in the examples' own order."""
+
+    margins_P: Array
+    """Raw log-odds."""
+    targets_P: Array
+    weights_P: Array
+
+    def nll(self) -> float:
+        """Negative log-likelihood per unit of weight, nats."""
+        z, y, w = self.margins_P, self.targets_P, self.weights_P
+        return float((w * (np.logaddexp(0, z) - y * z)).sum() / w.sum())
+
+
+def predict(
+    model: nn.Module,
+    examples: Sequence[Example],
+    head: Head,
+    *,
+    batch_tokens: int,
+    pad_id: int,
+    bfloat16: bool = False,
+) -> Predictions:
+    """Run a model over examples without gradients.
+
+    Parameters
+    ----------
+    model : Module
+        A token classifier; left in evaluation mode.
+    examples : sequence of Example
+        At least one.
+    head : Head
+        Margin and targets.
+    batch_tokens : int
+        Padded tokens of one forward pass; results do not depend on it.
+    pad_id : int
+        Token id of the padding.
+    bfloat16 : bool, default=False
+        Whether the forward computes in bfloat16.
+
+    Returns
+    -------
+    Predictions
+        Every prefix of every example, in order.
+    """
+    device = next(model.parameters()).device
+    lengths = [len(e.input_ids) for e in examples]
+    parts: dict[int, tuple[Array, Array, Array]] = {}
+    model.eval()
+    with torch.inference_mode():
+        for indices in group_by_length(range(len(examples)), lengths, batch_tokens=batch_tokens):
+            batch = collate([examples[i] for i in indices], head.targets, pad_id=pad_id)
+            with autocast(device, bfloat16):
+                margins_P = head.margin(logits_at(model, to_device(batch, device)))
+            arrays = [
+                t.cpu().double().numpy() for t in (margins_P, batch.targets_P, batch.weights_P)
+            ]
+            rows = batch.rows_P.numpy()
+            for row, index in enumerate(indices):
+                z, y, w = (a[rows == row] for a in arrays)
+                parts[index] = (z, y, w)
+    columns = zip(*(parts[i] for i in range(len(examples))), strict=True)
+    z_P, y_P, w_P = (np.concatenate(column) for column in columns)
+    return Predictions(margins_P=z_P, targets_P=y_P, weights_P=w_P)

@@ -1,0 +1,156 @@
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prm.data import collate, make_examples
+from prm.fit import (
+    FitOptions,
+    Fitter,
+    default_learning_rate,
+    learning_rate_at,
+)
+from prm.heads import HEADS
+from prm.model import new_model, open_tokenizer
+from prm.predict import predict
+from tests.prm.synthetic import make_rows
+
+
+class Curves:
+    def __init__(self):
+        self.entries = []
+
+    def log(self, step, metrics):
+        self.entries.append((step, dict(metrics)))
+
+
+def options_of(**changes):
+    settings = {
+        "epochs": 2,
+        "learning_rate": 3e-3,
+        "step_tokens": 600,
+        "batch_tokens": 400,
+        "patience": 2,
+        "seed": 0,
+        "bfloat16": False,
+        "pad_id": 0,
+    }
+    return FitOptions(**(settings | changes))
+
+
+def fitter_of(base, folder, *, head="value", **changes):
+    return Fitter(
+        new_model(base, HEADS[head], base_rate=0.5, seed=0),
+        HEADS[head],
+        options=options_of(**changes),
+        folder=folder,
+        accelerator=Accelerator(cpu=True),
+    )
+
+
+@pytest.fixture
+def examples(base):
+    return make_examples(make_rows(10), open_tokenizer(base))
+
+
+@pytest.mark.parametrize("name", sorted(HEADS))
+def test_a_step_has_the_same_loss_and_gradient_for_any_micro_batch_split(
+    base, examples, tmp_path, name
+):
+    found = []
+    for cut in ([20], [1] * 20, [3, 7, 10], [10, 10]):
+        fitter = fitter_of(base, tmp_path, head=name)
+        batches, start = [], 0
+        for size in cut:
+            part = examples[start : start + size]
+            batches.append(collate(part, fitter.head.targets, pad_id=0))
+            start += size
+        loss = fitter.accumulate(batches)
+        gradients = [p.grad.clone() for p in fitter.raw_model.parameters() if p.grad is not None]
+        found.append((loss, gradients))
+    for loss, gradients in found[1:]:
+        assert loss == pytest.approx(found[0][0], abs=1e-6)
+        for one, other in zip(gradients, found[0][1], strict=True):
+            assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_predictions_come_in_the_examples_order_for_any_batch_size(base, examples):
+    head = HEADS["value"]
+    model = new_model(base, head, base_rate=0.5, seed=0)
+    small = predict(model, examples, head, batch_tokens=150, pad_id=0)
+    large = predict(model, examples, head, batch_tokens=100_000, pad_id=0)
+    assert small.margins_P == pytest.approx(large.margins_P, abs=1e-5)
+    assert small.weights_P.tolist() == [float(n) for e in examples for n in e.rollouts]
+
+
+def test_training_lowers_both_likelihoods_and_keeps_the_best_weights(base, examples, tmp_path):
+    fitter = fitter_of(base, tmp_path, epochs=6, patience=0)
+    before = fitter.predict(examples[16:]).nll()
+    curves = Curves()
+    done = fitter.fit(examples[:16], examples[16:], curves)
+    after = fitter.predict(examples[16:]).nll()
+    assert done.epoch == 6
+    assert after < before
+    assert after == pytest.approx(min(h["held_out_nll"] for h in done.history), abs=1e-6)
+    assert after == pytest.approx(done.best_nll, abs=1e-6)
+    assert done.history[-1]["train_nll"] < done.history[0]["train_nll"]
+    steps = [step for step, _ in curves.entries]
+    assert steps == list(range(1, done.step + 1))
+    assert [round(m["epoch"]) for _, m in curves.entries if "held_out/nll" in m] == [*range(1, 7)]
+
+
+def test_it_stops_when_the_held_out_likelihood_stops_improving(
+    base, examples, tmp_path, monkeypatch
+):
+    losses = iter([0.5, 0.4, 0.45, 0.41, 0.3])
+
+    class Fixed:
+        def nll(self):
+            return next(losses)
+
+    monkeypatch.setattr("prm.fit.predict", lambda *a, **k: Fixed())
+    done = fitter_of(base, tmp_path, epochs=5, patience=2).fit(examples, examples, Curves())
+    assert (done.epoch, done.best_epoch, done.best_nll) == (4, 2, 0.4)
+
+
+def test_broken_numbers_stop_training_with_the_best_weights(base, examples, tmp_path, monkeypatch):
+    fitter = fitter_of(base, tmp_path, epochs=3, patience=0)
+    steps = len(fitter._plan(examples, 0))
+    monkeypatch.setattr(
+        "prm.fit.learning_rate_at", lambda step, total, peak: 1e30 if step >= steps else 1e-3
+    )
+    done = fitter.fit(examples, examples, Curves())
+    assert done.diverged is not None
+    assert "nan" in done.diverged
+    assert (done.epoch, done.best_epoch) == (1, 1)
+    assert all(torch.isfinite(p).all() for p in fitter.raw_model.parameters())
+    after = fitter.predict(examples).nll()
+    assert after == pytest.approx(done.best_nll, abs=1e-6)
+
+
+def test_the_rate_warms_up_and_falls_to_zero():
+    rates = [learning_rate_at(s, 100, 2.0) for s in range(101)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[9] == rates[10] == pytest.approx(2.0)
+    assert rates[55] == pytest.approx(1.0)
+    assert rates[100] == pytest.approx(0.0)
+
+
+@given(total=st.integers(1, 500), peak=st.floats(1e-6, 1.0))
+def test_the_rate_stays_between_zero_and_its_peak(total, peak):
+    rates = [learning_rate_at(s, total, peak) for s in range(total)]
+    assert all(0 <= r <= peak * (1 + 1e-9) for r in rates)
+    assert rates[0] > 0
+    assert all(math.isfinite(r) for r in rates)
+
+
+def test_the_default_rate_falls_with_size():
+    def sized(parameters):
+        return torch.nn.Linear(parameters, 1, bias=False)
+
+    assert default_learning_rate(sized(1000), lora=False) == 1e-3
+    assert default_learning_rate(sized(4_000_000), lora=False) == pytest.approx(5e-4)
+    assert default_learning_rate(sized(4_000_000), lora=True) == 2e-4
