@@ -8,6 +8,21 @@ COMMANDS = {
         "benchmarks.throughput:throughput",
         "generated tokens per second of an engine, by batch size",
     ),
+    "demo": Command(
+        "benchmarks.demo:DemoConfig",
+        "benchmarks.demo:report",
+        "the numbers of a demo run as one table and report.json",
+    ),
+    "best-of-n": Command(
+        "benchmarks.best_of_n:BestOfNConfig",
+        "benchmarks.best_of_n:compare",
+        "choosing among several answers by PRM, beside vote and mean",
+    ),
+    "curves": Command(
+        "benchmarks.curves:CurvesConfig",
+        "benchmarks.curves:compare",
+        "learning curves of several arms over seeds",
+    ),
 }
 
 if __name__ == "__main__":

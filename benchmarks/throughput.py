@@ -12,13 +12,13 @@ import asyncio
 import json
 import os
 import platform
-import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from agent.engines import build_engine
@@ -168,7 +168,8 @@ async def direct_feed(
     async def worker() -> None:
         nonlocal generated
         for request in pending:
-            generated += len((await engine.generate(request)).token_ids)
+            generation = await engine.generate(request)
+            generated += len(generation.token_ids)
 
     started = time.perf_counter()
     await asyncio.gather(*(worker() for _ in range(concurrency)))
@@ -228,14 +229,14 @@ def random_requests(
     count: int, *, vocabulary: int, seed: int = 0, sampling: Sampling | None = None
 ) -> list[GenerateRequest]:
     """Return requests with 60-100 random prompt ids and 60-140 new tokens, no stop ids."""
-    rng = random.Random(seed)
+    rng = np.random.default_rng(seed)
+    prompt_lengths = rng.integers(*_PROMPT_TOKENS, size=count, endpoint=True)
+    new_lengths = rng.integers(*_NEW_TOKENS, size=count, endpoint=True)
     return [
         GenerateRequest(
             request_id=f"throughput-{seed}-{i}",
-            prompt_ids=tuple(
-                rng.randrange(vocabulary) for _ in range(rng.randint(*_PROMPT_TOKENS))
-            ),
-            sampling=replace(sampling or Sampling(), max_tokens=rng.randint(*_NEW_TOKENS)),
+            prompt_ids=tuple(rng.integers(vocabulary, size=prompt_lengths[i]).tolist()),
+            sampling=replace(sampling or Sampling(), max_tokens=int(new_lengths[i])),
             seed=i,
             stop_ids=(),
         )
@@ -259,7 +260,9 @@ def embedded_llama() -> PreTrainedModel:
         bos_token_id=None,
         eos_token_id=None,
     )
-    return LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config)
+    model.eval()
+    return model
 
 
 def measure(config: ThroughputConfig) -> list[Rate]:

@@ -8,7 +8,7 @@ being continued are in memory.
 Which states are run:
 
 - Prefix 0 is the task's prompt, the same for all trajectories of a task: it is measured once per
-  task and shared.
+  task, while its trajectories are being sampled, and shared.
 - Prefix S of a trajectory is its own continuation, counted at no cost: see `labeling.evidence`.
 - A trajectory that broken infrastructure ended is kept but not continued.
 
@@ -97,6 +97,7 @@ class Collector:
                 raise InputError(f"{path} holds trajectory {trajectory.trajectory_id!r} twice")
             self._sampled.add(trajectory.trajectory_id)
             self.planned += self._count(trajectory)
+        self.planned += sum(self._count_prompt(task) for task in tasks)
         there = self._continue_all(path, len(self._sampled))
         self._queue.fill(chain(there, self._sample(tasks)))
 
@@ -130,9 +131,13 @@ class Collector:
         if trajectory.stop.failed:
             return 0
         states = len(open_prefixes(trajectory, self._agent.limits.max_steps))
-        states += trajectory.task.task_id not in self._tasks_planned
-        self._tasks_planned.add(trajectory.task.task_id)
-        return states * self._plan.rollouts
+        return states * self._plan.rollouts + self._count_prompt(trajectory.task)
+
+    def _count_prompt(self, task: Task) -> int:
+        """Return the rollouts that the shared prefix of a task adds to the plan."""
+        new = task.task_id not in self._tasks_planned
+        self._tasks_planned.add(task.task_id)
+        return self._plan.rollouts if new else 0
 
     def _continue_all(self, path: Path, count: int) -> Iterator[Job]:
         """Yield the missing continuations of the first ``count`` trajectories of the file."""
@@ -141,14 +146,18 @@ class Collector:
 
     def _continue(self, trajectory: Trajectory) -> Iterator[Job]:
         """Yield the missing continuations of one trajectory, short prefixes first."""
-        task = trajectory.task
         if trajectory.stop.failed:
             return
+        yield from self._continue_prompt(trajectory.task)
+        for steps in open_prefixes(trajectory, self._agent.limits.max_steps):
+            start = Prefix(trajectory=trajectory, steps=steps)
+            yield from self._continuations(trajectory.task, start)
+
+    def _continue_prompt(self, task: Task) -> Iterator[Job]:
+        """Yield the missing continuations of prefix 0 of a task, once."""
         if task.task_id not in self._tasks_begun:
             self._tasks_begun.add(task.task_id)
             yield from self._continuations(task, None)
-        for steps in open_prefixes(trajectory, self._agent.limits.max_steps):
-            yield from self._continuations(task, Prefix(trajectory=trajectory, steps=steps))
 
     def _continuations(self, task: Task, start: Prefix | None) -> Iterator[Job]:
         """Yield the missing continuations of one state."""
@@ -171,7 +180,7 @@ class Collector:
         return Job(spec=spec, rollout=rollout, attempt=attempt)
 
     def _sample(self, tasks: Sequence[Task]) -> Iterator[Job]:
-        """Yield the trajectories that are still to be sampled."""
+        """Yield the trajectories still to be sampled, those of a task with its prompt's rollouts."""
         for task in tasks:
             for sample in range(self._plan.samples):
                 trajectory_id = f"{task.task_id}/{sample}"
@@ -182,6 +191,7 @@ class Collector:
                             trajectory_id=trajectory_id, task=task, seed=seed, group=task.task_id
                         )
                     )
+            yield from self._continue_prompt(task)
 
     def _repeat(self, job: Job) -> None:
         """Queue a failed rollout once more."""

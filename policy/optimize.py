@@ -224,7 +224,7 @@ class _Workshop:
 async def _optimize(
     config: OptimizeConfig, tasks: Sequence[Task], scorer: Scorer | None, run: RunFolder
 ) -> None:
-    """Load the policy, run the loop from where it stopped, write the final policy and the curve."""
+    """Load the policy, run the loop from where it stopped, write the curve and the final policy."""
     options = EngineOptions(
         policy=config.agent.policy,
         device=config.agent.device,
@@ -245,9 +245,9 @@ async def _optimize(
             config=config, tasks=tasks, scorer=scorer, learner=learner, agent=agent, out=run.path
         )
         await _loop(shop, start)
-        save_policy(learner, agent.chat.tokenizer, run.path / POLICY)
-    await learner.engine.close()
-    draw_curve(run.path)
+        await learner.engine.close()
+        draw_curve(run.path)
+        save_policy(learner, agent.chat.tokenizer, run.path / POLICY)  # last: marks the end
 
 
 async def _loop(shop: _Workshop, start: int) -> None:

@@ -109,7 +109,7 @@ class Mark:
 
 
 def read_marks(solution: str) -> tuple[list[Mark], str]:
-    """Split a solution at its calculator marks.
+    r"""Split a solution at its calculator marks.
 
     Parameters
     ----------
@@ -125,16 +125,14 @@ def read_marks(solution: str) -> tuple[list[Mark], str]:
 
     Examples
     --------
-    >>> read_marks("He has 2*3=<<2*3=6>>6 pens.\\n#### 6")
+    >>> read_marks("He has 2*3=<<2*3=6>>6 pens.\n#### 6")
     ([Mark(thought='He has 2*3=', expression='2*3', result='6')], '6 pens.')
     """
     text = _FINAL.sub("", solution)
     marks, end = [], 0
     for found in _MARK.finditer(text):
         thought = text[end : found.start()].strip()
-        marks.append(
-            Mark(thought=thought, expression=found[1].strip(), result=found[2].strip())
-        )
+        marks.append(Mark(thought=thought, expression=found[1].strip(), result=found[2].strip()))
         end = found.end()
     return marks, text[end:].strip()
 

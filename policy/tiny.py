@@ -38,8 +38,8 @@ CONTROL_TOKENS = (
 RENDERING_TOKENS = ("[task]\n", "[action]\n", "[observation]\n")
 """Headers of the rendering that process reward models read."""
 # A word takes the space before it, and the one behind it if a number follows, so that digits are
-# the same tokens everywhere and no space needs a token of its own.
-_WORDS = r" ?[A-Za-z]+ (?=[0-9])| ?[A-Za-z]+|[0-9]|[\s\S]"
+# the same tokens everywhere and no space needs a token of its own. The label of a day is one.
+_WORDS = r" ?Day [0-9]+:| ?[A-Za-z]+ (?=[0-9])| ?[A-Za-z]+|[0-9]|[\s\S]"
 
 CHAT_TEMPLATE = """\
 {%- if messages[0].role == 'system' %}
@@ -73,8 +73,7 @@ def _texts() -> Iterator[str]:
     """Yield every text whose words become tokens."""
     yield from wording()
     yield "The answer is 7."
-    yield "Wait. She buys 7."
-    yield "Wait. He buys 7."
+    yield "Wait."
     yield "\nTools: calculator"
 
 
@@ -89,8 +88,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     Examples
     --------
     >>> tokenizer = make_tokenizer()
-    >>> tokenizer.tokenize("She buys 15 apples.")
-    ['She', ' buys ', '1', '5', ' apples', '.']
+    >>> tokenizer.tokenize("Day 1: She buys 15 apples.")
+    ['Day 1:', ' She', ' buys ', '1', '5', ' apples', '.']
     """
     splitter = pre_tokenizers.Split(Regex(_WORDS), behavior="isolated")
     words = {piece for text in _texts() for piece, _ in splitter.pre_tokenize_str(text)}

@@ -235,23 +235,23 @@ def _load_model(
     """Make the tiny model or load a pretrained one, with adapters if asked for."""
     if config.model == TINY:
         return make_model(tokenizer, seed=config.seed)
-    lora = config.lora_rank is not None
+    rank = config.lora_rank
     # Full fine-tuning needs float32 weights (small updates are lost in bfloat16); frozen ones
     # under adapters do not.
-    dtype = torch.bfloat16 if lora and device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if rank and device.type == "cuda" else torch.float32
     try:
         model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"no model could be loaded from {config.model!r}: {reason}") from error
-    if not lora:
+    if rank is None:
         return cast("torch.nn.Module", model)
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(config.seed)
     adapters = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=2 * (config.lora_rank or 0),
+        r=rank,
+        lora_alpha=2 * rank,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
@@ -321,7 +321,7 @@ def _run(config: WarmupConfig, training: _Training, tracker: Tracker) -> None:
             training.done += 1
             metrics = {
                 "loss": loss,
-                "learning_rate": training.schedule.get_last_lr()[0],
+                "learning_rate": float(training.schedule.get_last_lr()[0]),
                 "tokens_per_s": sum(len(row.input_ids) for row in rows)
                 / (time.monotonic() - started),
             }
@@ -378,9 +378,7 @@ def _held_out_loss(training: _Training, micro_tokens: int) -> float:
 
 def _on(device: torch.device, batch: Batch) -> Batch:
     """Move a batch to the device."""
-    return Batch(
-        input_ids_BT=batch.input_ids_BT.to(device), labels_BT=batch.labels_BT.to(device)
-    )
+    return Batch(input_ids_BT=batch.input_ids_BT.to(device), labels_BT=batch.labels_BT.to(device))
 
 
 @contextmanager

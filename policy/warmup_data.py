@@ -153,7 +153,9 @@ def micro_batches(
     return batches
 
 
-def plan_epoch(lengths: Sequence[int], step_tokens: int, *, seed: int, epoch: int) -> list[list[int]]:
+def plan_epoch(
+    lengths: Sequence[int], step_tokens: int, *, seed: int, epoch: int
+) -> list[list[int]]:
     """Shuffle rows and cut them into optimizer steps of about ``step_tokens`` tokens.
 
     Parameters

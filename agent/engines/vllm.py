@@ -7,7 +7,6 @@ a loop of its own in a background thread; its heavy work happens in child proces
 from __future__ import annotations
 
 import asyncio
-import gc
 import importlib.util
 import itertools
 import multiprocessing
@@ -55,7 +54,7 @@ _SPARE_TOKENS = 1024
 
 _STEP_TOKENS = 2048
 """Tokens of one vLLM step on a CPU, where longer contexts do not ask for more."""
-_SHUTDOWN_S = 60.0
+_SHUTDOWN_S = 20.0
 """Time vLLM's processes get to end in good order before they are killed."""
 
 
@@ -221,13 +220,15 @@ class VllmEngine:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        if self._llm is not None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # vLLM leaves sockets to the collector
-                self._llm.shutdown(timeout=_SHUTDOWN_S)
-                self._llm = None
-                gc.collect()
-            multiprocessing.active_children()  # reaps the ended processes
+        llm, self._llm = self._llm, None
+        if llm is None:
+            return
+        resources = getattr(llm.engine_core, "resources", None)
+        llm.shutdown(timeout=_SHUTDOWN_S)
+        await asyncio.sleep(0)  # vLLM's own tasks end
+        if resources is not None:
+            resources.ctx.destroy(linger=0)  # vLLM leaves it to the garbage collector
+        multiprocessing.active_children()  # reaps the ended processes
 
 
 def _sampling_params(request: GenerateRequest, max_context: int) -> SamplingParams:

@@ -11,22 +11,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from fractions import Fraction
 from random import Random
-from typing import cast
+from typing import Any, cast
 
-from agent.tasks.arithmetic_problems import Dials, Operation, Problem, draw_problem
+from agent.tasks.arithmetic_problems import MOST_OPERATIONS, Dials, Operation, Problem, draw_problem
 from agent.tasks.base import Split
 from trajectory.errors import InputError
 from trajectory.records import Step, Task, ToolCall
 from trajectory.seeds import derive_seed
 
 TOOL = "calculator"
-SYSTEM_PROMPT = (
-    "Solve the problem one calculator call at a time. End with: The answer is N."
-)
+SYSTEM_PROMPT = "Solve the problem one calculator call at a time. End with: The answer is N."
 GENERATOR = 1
 """Version of the generator; part of every seed, so a change of wording makes new tasks."""
 SPLIT_SIZE = 10_000_000
@@ -38,7 +36,7 @@ _BUCKETS: Mapping[Split, range] = {
     "test": range(9, 10),
 }
 _ANSWER = re.compile(r"answer is:?\s*\$?\s*(-?\d[\d,]*(?:\.\d+)?)", re.IGNORECASE)
-_LIMITS = {"operations": (2, 16), "distractors": (0, 4), "numbers": (5, 999)}
+_LIMITS = {"operations": (2, MOST_OPERATIONS), "distractors": (0, 4), "numbers": (5, 999)}
 
 
 def _number(text: str) -> Fraction | None:
@@ -92,20 +90,20 @@ def parse_dials(options: Mapping[str, str]) -> Dials:
     >>> parse_dials({"operations": "3-4", "hard": "0.5"}).operations
     (3, 4)
     """
-    known = [field.name for field in fields(Dials)]
-    dials = Dials()
-    for name, text in options.items():
-        if name in ("operations", "distractors"):
-            dials = replace(dials, **{name: _range(name, text)})
-        elif name == "numbers":
-            dials = replace(dials, numbers=_whole(name, text))
-        elif name in known:
-            dials = replace(dials, **{name: _share(name, text)})
-        else:
-            raise InputError(
-                f"arithmetic has no option {name!r}: choose from {', '.join(known)}"
-            )
-    return dials
+    readers: Mapping[str, Callable[[str, str], object]] = {
+        "operations": _range,
+        "distractors": _range,
+        "hard": _share,
+        "numbers": _whole,
+        "deceptive": _share,
+    }
+    unknown = [name for name in options if name not in readers]
+    if unknown:
+        raise InputError(
+            f"arithmetic has no option {unknown[0]!r}: choose from {', '.join(readers)}"
+        )
+    chosen: dict[str, Any] = {name: readers[name](name, text) for name, text in options.items()}
+    return Dials(**chosen)
 
 
 class ArithmeticDomain:
@@ -124,7 +122,7 @@ class ArithmeticDomain:
 
     name = "arithmetic"
     system_prompt = SYSTEM_PROMPT
-    default_tools = (TOOL,)
+    default_tools: tuple[str, ...] = (TOOL,)
 
     def __init__(self, dials: Dials | None = None) -> None:
         self.dials = dials or Dials()

@@ -124,9 +124,7 @@ def _repair(task: Task, problem: Problem, steps: Sequence[Step]) -> _Action:
     return _Action(f"Wait. {problem.operations[done].phrase}.", call, done + 1)
 
 
-def _act(
-    problem: Problem, pointer: int, result: str, weakness: Weakness, rng: Random
-) -> _Action:
+def _act(problem: Problem, pointer: int, result: str, weakness: Weakness, rng: Random) -> _Action:
     """Do the operation at ``pointer`` from ``result``, or slip."""
     operations = problem.operations
     if pointer == len(operations):

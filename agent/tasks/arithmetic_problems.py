@@ -2,7 +2,8 @@
 
 A problem is drawn from a seed alone and never changes: only ``random.Random.random`` is used,
 whose sequence Python guarantees. Text and gold program come from the same draw, so the program is
-right by construction. All wording lives here, so the vocabulary is closed (`wording`).
+right by construction. All wording lives here, so the vocabulary is closed (`wording`). Operations carry
+the number of their day; irrelevant sentences do not.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ Item = TypeVar("Item")
 Drawn = tuple[str, tuple[int, ...], int]
 """Kind, operands and the value after it."""
 
+MOST_OPERATIONS = 16
 LARGEST_VALUE = 9999
 """No running value exceeds this, so that numbers stay short in tokens."""
 NAMES = (
@@ -48,7 +50,7 @@ class Kind:
     wrong_operator: str
     """The same with the operator most easily confused with the right one."""
     phrase: str
-    """Sentence without thing and full stop."""
+    """Sentence without day, thing and full stop."""
     difficulty: float
     """How easily it is misread, in [0, 1]; scales the slip rate of the weak demonstrator."""
     switches: bool = False
@@ -111,7 +113,7 @@ class Dials:
     hard: float = 0.35
     """Mean share of operations of an easily misread kind, in [0, 1]; the share of a single problem
     is spread around it, so that some problems have none."""
-    numbers: int = 20
+    numbers: int = 9
     """Largest operand, within 5-999."""
     deceptive: float = 0.0
     """Share of problems with a shortcut: the wrong operator gives the right result there
@@ -215,9 +217,8 @@ def _draw_operation(
 ) -> Drawn | None:
     """Draw an operation that keeps values short, different and free of accidental shortcuts."""
     values = [start, *(value for _, _, value in chain)]
-    told = {(kind, operands) for kind, operands, _ in chain if operands}
     x = values[-1]
-    for attempt in range(50):
+    for _ in range(50):
         kind = _pick(rng, HARD if rng.random() < hard else EASY)
         operands = _operands(rng, kind, dials.numbers)
         value = _apply(kind, x, operands)
@@ -225,7 +226,6 @@ def _draw_operation(
             value is not None
             and 2 <= value <= min(LARGEST_VALUE, 50 * dials.numbers)
             and value not in values
-            and ((kind, operands) not in told or attempt >= 25)
             and (kind, x) not in (("twice", 2), ("half", 4))
             and (may_switch or not KINDS[kind].switches)
         ):
@@ -297,17 +297,18 @@ def _tell(
     pronouns = [person[1]]
     sentences = [f"{person[0]} has {start} {thing}."]
     operations = []
-    for kind, operands, value in chain:
+    for day, (kind, operands, value) in enumerate(chain, start=1):
         family = kind.removesuffix("_packs")
         switches = KINDS[kind].switches
         other = unused.pop(int(rng.random() * len(unused))) if switches else person
-        phrase = KINDS[kind].phrase.format(
+        words = KINDS[kind].phrase.format(
             who=person[1],
             other=other[0],
             verb=_pick(rng, VERBS[family]) if family in VERBS else "",
             pack=_pick(rng, PACKS),
             **dict(zip("ab", operands, strict=False)),
         )
+        phrase = f"Day {day}: {words}"
         operations.append(Operation(kind=kind, operands=operands, phrase=phrase, value=value))
         person = other
         pronouns.append(person[1])
@@ -336,6 +337,8 @@ def wording() -> Iterator[str]:
     The digit-level tokenizer of the embedded policy takes its whole-word tokens from these.
     """
     people = [name for name, _ in NAMES]
+    for day in range(1, MOST_OPERATIONS + 1):
+        yield f"Day {day}: She. Day {day}: He"
     for name in people:
         yield f"{name} has 7 apples."
         for thing in THINGS:
@@ -343,10 +346,9 @@ def wording() -> Iterator[str]:
         for kind in KINDS.values():
             if kind.switches:
                 yield f" {kind.phrase.format(other=name, a=3)}."
-                yield f"{kind.phrase.format(other=name, a=3)}."
     for who in ("She", "He"):
         for verb in (verb for verbs in VERBS.values() for verb in verbs):
             for pack in PACKS:
-                yield f"{who} {verb} 7. {who} {verb} 3 {pack} of 4."
+                yield f" {who} {verb} 7. {who} {verb} 3 {pack} of 4."
         for distractor in DISTRACTORS:
             yield f" {distractor.format(who=who, n=7)}."

@@ -133,9 +133,12 @@ REFUSED = {
         "{{ tools }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     ),
     "does not put tool results": (
-        "{{ tools }}{% for m in messages if m.role != 'tool' %}{{ m.content }}<|im_end|>{% endfor %}"
+        "{{ tools }}{% for m in messages if m.role != 'tool' %}"
+        "{{ m.content }}<|im_end|>{% endfor %}"
     ),
-    "drops the user's message": "{{ tools }}{% for m in messages if m.role != 'user' %}x{% endfor %}",
+    "drops the user's message": (
+        "{{ tools }}{% for m in messages if m.role != 'user' %}x{% endfor %}"
+    ),
     "cannot render": "{{ raise_exception('no tools here') }}",
 }
 

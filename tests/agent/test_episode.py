@@ -3,6 +3,7 @@
 import asyncio
 import json
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import pytest
 
@@ -100,7 +101,8 @@ def test_the_ids_of_a_trajectory_are_the_ids_the_engine_saw(make_agent, byte_tok
 def test_a_continuation_keeps_the_prefix_and_ends_alike(make_agent, kept):
     agent = make_agent(SCRIPT)
     whole = run(agent, spec())
-    continued = run(agent, spec(trajectory_id="c", seed=99, start=Prefix(trajectory=whole, steps=kept)))
+    start = Prefix(trajectory=whole, steps=kept)
+    continued = run(agent, spec(trajectory_id="c", seed=99, start=start))
     assert continued.steps[:kept] == whole.steps[:kept]
     assert [s.text for s in continued.steps] == [s.text for s in whole.steps]
 
@@ -192,7 +194,7 @@ class Broken:
     answers: tuple[str, ...] = ("5",)
     name = "calculator"
     description = "down"
-    parameters = {"type": "object", "properties": {}}
+    parameters = MappingProxyType({"type": "object"})
     calls = 0
     open_sessions = 0
 
@@ -277,7 +279,8 @@ def test_leaving_early_cancels_what_is_in_flight(make_agent):
     agent = make_agent(SCRIPT)
 
     async def first():
-        episodes = run_episodes(agent, (spec(trajectory_id=str(i)) for i in range(99)), concurrency=8)
+        specs = (spec(trajectory_id=str(i)) for i in range(99))
+        episodes = run_episodes(agent, specs, concurrency=8)
         async for trajectory in episodes:
             await episodes.aclose()
             return trajectory, len(asyncio.all_tasks())

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policy.batch import collate, micro_batches, token_row
-from trajectory.records import Step, StopReason, Task, Trajectory
+from trajectory.records import Sampling, Step, StopReason, Task, Trajectory
 
 TASK = Task(task_id="t", domain="d", prompt="p", answer="1")
 IDS = st.lists(st.integers(0, 99), min_size=1, max_size=6).map(tuple)
@@ -107,6 +107,13 @@ def test_missing_ids_are_refused_by_name(change, message):
     trajectory = dataclasses.replace(make((1,), [((2,), (3,)), ((4,), None)]), **change)
     with pytest.raises(ValueError, match=message):
         token_row(trajectory, np.zeros(2))
+
+
+@pytest.mark.parametrize("sampling", [{"top_p": 0.9}, {"top_k": 5}, {"temperature": 0.0}])
+def test_trajectories_from_another_distribution_than_the_policy_are_refused(sampling):
+    trajectory = dataclasses.replace(make((1,), [((2,), None)]), sampling=Sampling(**sampling))
+    with pytest.raises(ValueError, match="plain sampling"):
+        token_row(trajectory, np.zeros(1))
 
 
 def test_the_number_of_advantages_must_be_the_number_of_steps():

@@ -1,5 +1,6 @@
 """Optimization end to end on a two-layer policy that knows four problems, more or less."""
 
+import asyncio
 import dataclasses
 import json
 import os
@@ -15,10 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from agent.engines.base import EngineError, EngineStats
+from agent.engines.base import EngineError, EngineOptions, EngineStats
+from agent.engines.transformers import TransformersEngine
 from agent.setup import AgentConfig, open_agent
 from labeling.run import LabelConfig, label
 from policy.evaluate import EvaluateConfig, evaluate
+from policy.learner import make_learner
 from policy.optimize import OptimizeConfig, optimize
 from policy.rollout import episode_specs, load_pool, run_groups, tasks_of_step
 from policy.synthesize import SynthesizeConfig, synthesize
@@ -252,6 +255,20 @@ def test_a_finished_run_is_left_as_it_is_and_another_config_is_refused(policy, t
         optimize(dataclasses.replace(settings, group_size=3))
 
 
+def test_the_learning_rate_rises_linearly_and_stays(policy, tmp_path):
+    optimize(config(policy, tmp_path / "run", steps=4, warmup_steps=2, learning_rate=1e-4))
+    rates = [e.metrics["learning_rate"] for e in read_metrics(tmp_path / "run")]
+    assert rates == pytest.approx([0.5e-4, 1e-4, 1e-4, 1e-4])
+
+
+def test_the_default_learning_rate_goes_by_size(policy):
+    options = EngineOptions(policy=str(policy), device="cpu", max_context=300)
+    learner = make_learner(options, learning_rate=None, lora_rank=0, seed=0)
+    assert learner.learning_rate == 1e-4
+    assert learner.model.get_input_embeddings().weight.dtype == torch.float32
+    assert not learner.model.training
+
+
 def test_lora_trains_adapters_and_saves_a_merged_policy(policy, tmp_path):
     optimize(config(policy, tmp_path / "run", lora_rank=2, learning_rate=1e-2))
     saved = torch.load(tmp_path / "run/state/step-000002.pt", weights_only=True)["parameters"]
@@ -351,11 +368,6 @@ class _BrokenEngine:
 
 
 def run_with_failures(policy, failing):
-    import asyncio
-
-    from agent.engines.base import EngineOptions
-    from agent.engines.transformers import TransformersEngine
-
     settings = agent_config(policy)
     working = TransformersEngine(EngineOptions(policy=str(policy), max_context=300, max_batch=16))
     pool = load_pool(settings, needed=2, per_step=2)

@@ -37,15 +37,11 @@ def acted(expression: str) -> Step:
         session = await CalculatorTool().open(HAND, 0)
         return await session.call({"expression": expression})
 
-    return Step(
-        text="", calls=(calculator_call(expression),), observations=(asyncio.run(run()),)
-    )
+    return Step(text="", calls=(calculator_call(expression),), observations=(asyncio.run(run()),))
 
 
 def demonstrated(task: Task, weakness: Weakness, seed: int = 0) -> tuple[Step, ...]:
-    return asyncio.run(
-        demonstrate(task, CalculatorTool(), weakness=weakness, rng=Random(seed))
-    )
+    return asyncio.run(demonstrate(task, CalculatorTool(), weakness=weakness, rng=Random(seed)))
 
 
 HAND = Task(
@@ -79,8 +75,9 @@ def test_the_same_index_gives_the_same_task_for_ever():
 
 def test_a_range_of_tasks_does_not_depend_on_where_it_begins():
     domain = ArithmeticDomain()
-    assert domain.load(split="train", first=5, count=3) == (
-        domain.load(split="train", first=0, count=8)[5:]
+    assert (
+        domain.load(split="train", first=5, count=3)
+        == (domain.load(split="train", first=0, count=8)[5:])
     )
 
 
@@ -123,7 +120,7 @@ def test_a_gold_program_is_exact_and_told_in_its_text(dials: Dials, seed: int):
         assert eval(operation.expression(before)) == operation.value
         assert 0 <= operation.value <= LARGEST_VALUE
         assert operation.phrase in problem.text
-    told = [int(number) for number in re.findall(r"\d+", problem.text)]
+    told = [int(number) for number in re.findall(r"\d+(?!:)\b", problem.text)]
     numbers = [problem.start, *problem.distractors]
     numbers += [n for operation in problem.operations for n in operation.operands]
     assert sorted(told) == sorted(numbers)
@@ -266,7 +263,9 @@ def test_reachability_is_a_matter_of_the_steps_left():
     assert not reachable(HAND, wrong, max_steps=4)
 
 
-@pytest.mark.parametrize(("text", "right"), [("The answer is 30.", True), ("The answer is 31.", False), ("", False)])
+@pytest.mark.parametrize(
+    ("text", "right"), [("The answer is 30.", True), ("The answer is 31.", False), ("", False)]
+)
 def test_after_the_answer_only_its_truth_counts(text, right):
     assert reachable(HAND, [Step(text=text)], max_steps=100) == right
     assert next_call(HAND, [Step(text=text)]) is None
