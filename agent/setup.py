@@ -71,7 +71,7 @@ class AgentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TestAgentConfig(AgentConfig):
+class HeldOutAgentConfig(AgentConfig):
     """The same, on held-out tasks unless another split is named."""
 
     split: Split = "test"

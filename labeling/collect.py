@@ -180,7 +180,7 @@ class Collector:
         return Job(spec=spec, rollout=rollout, attempt=attempt)
 
     def _sample(self, tasks: Sequence[Task]) -> Iterator[Job]:
-        """Yield the trajectories still to be sampled, those of a task with its prompt's rollouts."""
+        """Yield the missing trajectories of each task, then the rollouts of its prompt."""
         for task in tasks:
             for sample in range(self._plan.samples):
                 trajectory_id = f"{task.task_id}/{sample}"

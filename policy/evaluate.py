@@ -17,8 +17,7 @@ from rich.table import Table
 
 from agent.engines.base import Engine
 from agent.episode import EpisodeSpec, run_episodes
-from agent.setup import TestAgentConfig as HeldOutConfig
-from agent.setup import load_tasks, open_agent
+from agent.setup import HeldOutAgentConfig, load_tasks, open_agent
 from policy.rewards import outcome_reward
 from trajectory.errors import InputError
 from trajectory.progress import progress
@@ -35,7 +34,7 @@ EVALUATION = "evaluation.json"
 class EvaluateConfig:
     """Measure a policy's accuracy, tokens and tool use on held-out tasks."""
 
-    agent: HeldOutConfig
+    agent: HeldOutAgentConfig
     """The policy, its tasks and limits."""
     samples: int = 8
     """Episodes per task."""

@@ -312,24 +312,20 @@ def _tracker(config: WarmupConfig) -> Tracker:
 def _run(config: WarmupConfig, training: _Training, tracker: Tracker) -> None:
     """Train to the end of the plan."""
     total = len(training.plan)
-    held_out = math.nan
     with progress("warm-up steps", total, done=training.done) as bar, _interrupts() as pending:
         for indices in training.plan[training.done :]:
             started = time.monotonic()
             rows = [training.train[i] for i in indices]
             loss = _step(training, rows, config.micro_tokens)
             training.done += 1
-            metrics = {
-                "loss": loss,
-                "learning_rate": float(training.schedule.get_last_lr()[0]),
-                "tokens_per_s": sum(len(row.input_ids) for row in rows)
-                / (time.monotonic() - started),
-            }
+            speed = sum(len(row.input_ids) for row in rows) / (time.monotonic() - started)
+            rate = float(training.schedule.get_last_lr()[0])
+            metrics = {"loss": loss, "learning_rate": rate, "tokens_per_s": speed}
+            bar.advance(loss=loss, tokens_per_s=round(speed))
             if training.done in training.epoch_ends and training.held_out:
-                held_out = _held_out_loss(training, config.micro_tokens)
-                metrics["held_out_loss"] = held_out
+                metrics["held_out_loss"] = _held_out_loss(training, config.micro_tokens)
+                bar.advance(0, held_out=metrics["held_out_loss"])
             tracker.log(training.done, metrics)
-            bar.advance(**metrics)
             if (training.done % config.checkpoint_every == 0 or pending) and training.done < total:
                 _checkpoint(config.out, training)
             if pending:

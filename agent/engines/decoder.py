@@ -13,14 +13,14 @@ Everything is a function of the sequence of calls: no clock, no randomness, no t
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from agent.engines.base import EngineStats, GenerateRequest
+from agent.engines.base import EngineStats
 from agent.engines.runner import Runner
-from agent.engines.sampling import SamplingColumns, sample
+from agent.engines.sampling import sample
+from agent.engines.turns import Batch, Turn, group_by_length
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,41 +33,6 @@ _WIDTH_SPARE = 32
 """Room kept after the longest sequence when slots are laid out anew."""
 _MIN_REUSE = 8
 """Shorter common prefixes are not worth a copy."""
-
-
-@dataclass(eq=False, kw_only=True, slots=True)
-class Turn:
-    """A request in progress; keeps what was sampled when it is set aside."""
-
-    request: GenerateRequest
-    limit: int
-    """Sequence length at which generation is cut off, tokens."""
-    ids: list[int] = field(default_factory=list)
-    """Prompt and sampled ids."""
-    logprobs: list[float] = field(default_factory=list)
-    finish: Literal["stop", "length"] | None = None
-    order: int = -1
-    """Admission number: the newest turn is set aside first."""
-
-    @property
-    def sampled(self) -> list[int]:
-        """Ids generated so far."""
-        return self.ids[len(self.request.prompt_ids) :]
-
-
-@dataclass(kw_only=True, slots=True)
-class _Batch:
-    """Per-row constants of the active slots, rebuilt when their membership changes."""
-
-    turns: list[Turn]
-    sampling: SamplingColumns
-    limits_N: NDArray[np.int64]
-    stops: NDArray[np.int64]
-    """Stop ids, shape (N, most per turn), padded with -1."""
-    asked: list[int]
-    """Rows whose request has a ``stop_when``."""
-    last_N: NDArray[np.int64]
-    """The token to feed next."""
 
 
 class Decoder:
@@ -95,7 +60,7 @@ class Decoder:
         self._waiting: deque[Turn] = deque()
         self._admitted = 0
         self._tick = 0
-        self._batch: _Batch | None = None
+        self._batch: Batch | None = None
         self.release()
 
     def release(self) -> None:
@@ -259,7 +224,7 @@ class Decoder:
             start = int(self._kv_R[slot])
             if new := turn.ids[start:-1]:
                 missing[slot] = (start, new)
-        for group in _group_by_length(missing):
+        for group in group_by_length(missing):
             self._runner.prefill(
                 group,
                 starts=[missing[slot][0] for slot in group],
@@ -338,68 +303,15 @@ class Decoder:
 
     def _decode(self) -> list[Turn]:
         """Sample one token for every active sequence; return the turns that end with it."""
-        batch = self._batch = self._batch or _make_batch([t for t in self._turns if t is not None])
+        batch = self._batch = self._batch or Batch.of([t for t in self._turns if t is not None])
         rows = len(batch.turns)
         positions_N = self._kv_R[:rows].copy()
         self._tokens_RW[np.arange(rows), positions_N] = batch.last_N
         logits_NV = self._runner.decode(batch.last_N, positions_N)
         self._kv_R[:rows] += 1
-        ids_N, logprobs_N = sample(logits_NV, batch.sampling, positions_N + 1)
-        batch.last_N = ids_N
-        for turn, token, logprob in zip(
-            batch.turns, ids_N.tolist(), logprobs_N.tolist(), strict=True
-        ):
-            turn.ids.append(token)
-            turn.logprobs.append(logprob)
+        batch.extend(*sample(logits_NV, batch.sampling, positions_N + 1))
         self._stats.generated_tokens += rows
-        stopped_N = (ids_N[:, None] == batch.stops).any(axis=1)
-        for slot in batch.asked:
-            ends = batch.turns[slot].request.stop_when
-            if ends is not None and ends(batch.turns[slot].sampled):
-                stopped_N[slot] = True
-        full_N = positions_N + 2 >= batch.limits_N
-        finished = []
-        for slot in np.flatnonzero(stopped_N | full_N).tolist():
-            turn = batch.turns[slot]
-            turn.finish = "stop" if stopped_N[slot] else "length"
-            finished.append(turn)
+        finished = batch.ended(positions_N + 2)
+        for slot in finished:
             self._vacate(slot)
-        return finished
-
-
-def _make_batch(turns: list[Turn]) -> _Batch:
-    """Gather the settings of the active turns into columns."""
-    samplings = [turn.request.sampling for turn in turns]
-    most = max((len(turn.request.stop_ids) for turn in turns), default=0)
-    stops = np.full((len(turns), most), -1, dtype=np.int64)
-    for row, turn in zip(stops, turns, strict=True):
-        row[: len(turn.request.stop_ids)] = turn.request.stop_ids
-    seeds = [turn.request.seed & 0xFFFF_FFFF_FFFF_FFFF for turn in turns]
-    return _Batch(
-        turns=turns,
-        sampling=SamplingColumns(
-            seeds_B=np.array(seeds, dtype=np.uint64),
-            temperatures_B=np.array([s.temperature for s in samplings], dtype=np.float64),
-            top_ps_B=np.array([s.top_p for s in samplings], dtype=np.float64),
-            top_ks_B=np.array([s.top_k for s in samplings], dtype=np.int64),
-        ),
-        limits_N=np.array([turn.limit for turn in turns], dtype=np.int64),
-        stops=stops,
-        asked=[i for i, turn in enumerate(turns) if turn.request.stop_when is not None],
-        last_N=np.array([turn.ids[-1] for turn in turns], dtype=np.int64),
-    )
-
-
-def _group_by_length(missing: dict[int, tuple[int, list[int]]]) -> list[list[int]]:
-    """Split slots into groups for one forward pass each: fresh apart, similar lengths together."""
-    groups: list[list[int]] = []
-    shortest = 0
-    fresh = False
-    for slot in sorted(missing, key=lambda s: (missing[s][0] > 0, len(missing[s][1]), s)):
-        start, new = missing[slot]
-        same_kind = bool(groups) and fresh == (start == 0)
-        if not same_kind or len(new) > 1.25 * shortest + 8:
-            groups.append([])
-            shortest, fresh = len(new), start == 0
-        groups[-1].append(slot)
-    return groups
+        return [batch.turns[slot] for slot in finished]

@@ -2,8 +2,8 @@
 
 A problem is drawn from a seed alone and never changes: only ``random.Random.random`` is used,
 whose sequence Python guarantees. Text and gold program come from the same draw, so the program is
-right by construction. All wording lives here, so the vocabulary is closed (`wording`). Operations carry
-the number of their day; irrelevant sentences do not.
+right by construction. All wording lives here, so the vocabulary is closed (`wording`). Operations
+carry the number of their day; irrelevant sentences do not.
 """
 
 from __future__ import annotations

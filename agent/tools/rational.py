@@ -6,6 +6,7 @@ import ast
 import math
 import operator
 import re
+import warnings
 from collections.abc import Callable
 from decimal import Context, Decimal
 from fractions import Fraction
@@ -52,7 +53,9 @@ def evaluate(expression: str) -> Fraction:
     if not text.isascii() or "\n" in text:
         raise CalculationError("syntax", "write one line with plain ASCII operators + - * / ** ( )")
     try:
-        tree = ast.parse(text, mode="eval")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # such as 12and: an error just the same
+            tree = ast.parse(text, mode="eval")
         return _value(tree.body, text)
     except SyntaxError as error:
         raise CalculationError("syntax", f"not an arithmetic expression: {error.msg}") from error

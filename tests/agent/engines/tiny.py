@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from agent.engines.base import Engine, GenerateRequest, Generation
+from agent.engines.base import Engine, EngineOptions, GenerateRequest, Generation
+from agent.engines.transformers import TransformersEngine
 from trajectory.records import Sampling
 
 VOCABULARY = 96
@@ -67,3 +68,9 @@ def reference_logprobs(
         logits = model(ids).logits[0].double() / temperature
     rows = logits.log_softmax(-1)[len(prompt) - 1 : -1]
     return rows[torch.arange(len(generated)), torch.tensor(generated)].tolist()
+
+
+def make_engine(model: PreTrainedModel, **options: object) -> TransformersEngine:
+    """The embedded engine around a model, with limits that suit it."""
+    settings: dict[str, object] = {"policy": "tiny", "max_context": 512, "max_batch": 64}
+    return TransformersEngine(EngineOptions(**(settings | options)), model=model)

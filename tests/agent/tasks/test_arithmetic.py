@@ -40,8 +40,20 @@ def acted(expression: str) -> Step:
     return Step(text="", calls=(calculator_call(expression),), observations=(asyncio.run(run()),))
 
 
-def demonstrated(task: Task, weakness: Weakness, seed: int = 0) -> tuple[Step, ...]:
-    return asyncio.run(demonstrate(task, CalculatorTool(), weakness=weakness, rng=Random(seed)))
+def demonstrated(
+    count: int, weakness: Weakness, **options: str
+) -> list[tuple[Task, tuple[Step, ...]]]:
+    """Demonstrations of the first training tasks."""
+    tasks = ArithmeticDomain.from_options(options).load(split="train", first=0, count=count)
+
+    async def run() -> list[tuple[Step, ...]]:
+        tool = CalculatorTool()
+        return [
+            await demonstrate(task, tool, weakness=weakness, rng=Random(seed))
+            for seed, task in enumerate(tasks)
+        ]
+
+    return list(zip(tasks, asyncio.run(run()), strict=True))
 
 
 HAND = Task(
@@ -287,30 +299,27 @@ def test_a_deceptive_shortcut_is_on_track_but_not_faithful():
 # --- the demonstrator
 
 
-@given(st.integers(0, 10_000))
-def test_without_slips_every_step_is_what_the_oracle_calls(index: int):
-    task = task_of(index, operations="2-16", distractors="0-4", hard="0.5")
-    steps = demonstrated(task, GOLD)
-    for t, step in enumerate(steps[:-1]):
-        assert step.calls == (next_call(task, steps[:t]),)
-    assert next_call(task, steps[:-1]) is None
-    assert steps[-1].text == f"The answer is {task.answer}."
-    assert progress(task, steps).faithful
+def test_without_slips_every_step_is_what_the_oracle_calls():
+    options = {"operations": "2-16", "distractors": "0-4", "hard": "0.5"}
+    for task, steps in demonstrated(60, GOLD, **options):
+        for t, step in enumerate(steps[:-1]):
+            assert step.calls == (next_call(task, steps[:t]),)
+        assert next_call(task, steps[:-1]) is None
+        assert steps[-1].text == f"The answer is {task.answer}."
+        assert progress(task, steps).faithful
 
 
-@given(st.integers(0, 10_000))
-def test_a_demonstration_is_text_an_agent_could_have_written(index: int):
-    for step in demonstrated(task_of(index), Weakness(slip=0.8), seed=index)[:-1]:
-        (call,) = parse_calls(step.text, ["calculator"])
-        assert (call,) == step.calls
-        assert step.observations[0].error is None
+def test_a_demonstration_is_text_an_agent_could_have_written():
+    for _, steps in demonstrated(60, Weakness(slip=0.8)):
+        for step in steps[:-1]:
+            (call,) = parse_calls(step.text, ["calculator"])
+            assert (call,) == step.calls
+            assert step.observations[0].error is None
 
 
 def test_every_slip_is_tagged_and_leads_off_the_gold_program():
-    kinds, right_by_chance, slips = set(), 0, 0
-    for index in range(300):
-        task = task_of(index)
-        steps = demonstrated(task, Weakness(slip=0.8, contrast=0.5, recovery=0.0), seed=index)
+    kinds, slips, right_by_chance = set(), 0, 0
+    for task, steps in demonstrated(300, Weakness(slip=0.8, contrast=0.5, recovery=0.0)):
         first = next((t for t, step in enumerate(steps) if step.perturbation), None)
         if first is None:
             assert progress(task, steps).faithful
@@ -327,46 +336,34 @@ def test_the_slip_rate_is_that_of_the_kind():
     weakness = Weakness(slip=0.6, contrast=0.9, recovery=0.0)
     tried = dict.fromkeys(KINDS, 0)
     slipped = dict.fromkeys(KINDS, 0)
-    for index in range(1500):
-        task = task_of(index)
-        problem = gold_problem(task)
-        for t, step in enumerate(demonstrated(task, weakness, seed=index)):
-            if t == len(problem.operations):
-                break
-            kind = problem.operations[t].kind
-            tried[kind] += 1
-            slipped[kind] += step.perturbation is not None
-            if step.perturbation is not None:
-                break
+    for task, steps in demonstrated(800, weakness, hard="0.5"):
+        operations = gold_problem(task).operations
+        first = next((t for t, step in enumerate(steps) if step.perturbation), len(operations))
+        for t, operation in enumerate(operations[: first + 1]):
+            tried[operation.kind] += 1
+            slipped[operation.kind] += t == first
     for kind in KINDS:
-        assert slipped[kind] / tried[kind] == pytest.approx(weakness.rate(kind), abs=0.09), kind
+        assert slipped[kind] / tried[kind] == pytest.approx(weakness.rate(kind), abs=0.12), kind
     assert slipped["half"] / tried["half"] > 5 * slipped["gain"] / tried["gain"]
 
 
 def test_a_repaired_slip_still_gives_the_right_answer():
-    weakness = Weakness(slip=1.0, contrast=1.0, recovery=1.0)
     repaired = 0
-    for index in range(200):
-        task = task_of(index)
-        steps = demonstrated(task, weakness, seed=index)
-        last_slips = steps[-1].perturbation is not None
-        if any(step.text.startswith("Wait.") for step in steps) and not last_slips:
+    for task, steps in demonstrated(200, Weakness(slip=1.0, contrast=1.0, recovery=1.0)):
+        if any(step.text.startswith("Wait.") for step in steps) and not steps[-1].perturbation:
             repaired += 1
             assert reachable(task, steps, max_steps=100)
     assert repaired > 50
 
 
 def test_the_same_seed_gives_the_same_demonstration():
-    task = task_of(3)
-    assert demonstrated(task, Weakness(), seed=5) == demonstrated(task, Weakness(), seed=5)
+    assert demonstrated(20, Weakness()) == demonstrated(20, Weakness())
 
 
 def test_a_shortcut_gives_right_answers_by_wrong_steps():
     weakness = Weakness(slip=1.0, contrast=1.0, recovery=0.0)
     lucky = 0
-    for index in range(200):
-        task = task_of(index, deceptive="1", hard="0", operations="3")
-        steps = demonstrated(task, weakness, seed=index)
+    for task, steps in demonstrated(200, weakness, deceptive="1", hard="0", operations="3"):
         slipped = any(step.perturbation == "wrong_operator" for step in steps)
         lucky += slipped and reachable(task, steps, max_steps=100)
     assert lucky > 80
