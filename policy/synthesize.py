@@ -70,7 +70,7 @@ class SynthesizeConfig:
     samples: int = 1
     """Demonstrations per task (arithmetic only: a written solution is one)."""
     slip: float | None = None
-    """Arithmetic: slip rate at the most difficult operations, 0 for gold; default 0.7."""
+    """Arithmetic: slip rate at the most difficult operations, 0 for gold; default 0.5."""
     contrast: float | None = None
     """Arithmetic: how much the slip rate depends on the operation, 0 to 1; default 0.95."""
     recovery: float | None = None

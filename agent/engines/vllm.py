@@ -54,7 +54,7 @@ _SPARE_TOKENS = 1024
 
 _STEP_TOKENS = 2048
 """Tokens of one vLLM step on a CPU, where longer contexts do not ask for more."""
-_SHUTDOWN_S = 20.0
+_SHUTDOWN_S = 30.0
 """Time vLLM's processes get to end in good order before they are killed."""
 
 
@@ -224,11 +224,14 @@ class VllmEngine:
         if llm is None:
             return
         resources = getattr(llm.engine_core, "resources", None)
+        processes = multiprocessing.active_children()
         llm.shutdown(timeout=_SHUTDOWN_S)
         await asyncio.sleep(0)  # vLLM's own tasks end
         if resources is not None:
             resources.ctx.destroy(linger=0)  # vLLM leaves it to the garbage collector
-        multiprocessing.active_children()  # reaps the ended processes
+            for process in getattr(resources.engine_manager, "processes", ()):
+                if process in processes:
+                    process.join(_SHUTDOWN_S)  # vLLM kills without waiting
 
 
 def _sampling_params(request: GenerateRequest, max_context: int) -> SamplingParams:

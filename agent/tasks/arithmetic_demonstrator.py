@@ -29,7 +29,7 @@ _HARD_SLIPS: tuple[SlipKind, ...] = (*("wrong_operator",) * 7, *_EASY_SLIPS[:3])
 class Weakness:
     """How often the demonstrator errs."""
 
-    slip: float = 0.7
+    slip: float = 0.5
     """Probability of a wrong action at the most difficult kind of operation, in [0, 1]."""
     contrast: float = 0.95
     """How much the rate depends on the kind, in [0, 1]; 0 slips equally everywhere."""

@@ -110,7 +110,7 @@ class Dials:
     """Fewest and most dependent operations, within 2-16."""
     distractors: tuple[int, int] = (0, 1)
     """Fewest and most irrelevant sentences, within 0-4."""
-    hard: float = 0.35
+    hard: float = 0.5
     """Mean share of operations of an easily misread kind, in [0, 1]; the share of a single problem
     is spread around it, so that some problems have none."""
     numbers: int = 9

@@ -2,12 +2,15 @@
 
 import asyncio
 import importlib.util
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from agent.engines import ENGINES, build_engine
 from agent.engines.base import EngineError, EngineOptions
-from tests.agent.engines.tiny import make_llama, prompts, request, run_all
+from tests.agent.engines.shared_vllm import shared_engine, shared_folder, shared_options
+from tests.agent.engines.tiny import prompts, request, run_all
 from trajectory.errors import InputError
 
 MARKS = {
@@ -24,18 +27,12 @@ MARKS = {
 
 
 @pytest.fixture(scope="module", params=[pytest.param(n, marks=MARKS.get(n, ())) for n in ENGINES])
-def engine(request, tmp_path_factory):
-    name = request.param
-    policy = "scripted"
-    if name != "scripted":
-        policy = str(tmp_path_factory.mktemp("policy"))
-        make_llama(hidden_size=128).save_pretrained(policy)
-    made = build_engine(
-        name,
-        EngineOptions(
-            policy=policy, device="cpu", max_context=200, max_batch=16, max_cache_tokens=4096
-        ),
-    )
+def engine(request):
+    if request.param == "vllm":
+        made = shared_engine()
+    else:
+        policy = "scripted" if request.param == "scripted" else str(shared_folder())
+        made = build_engine(request.param, replace(shared_options(Path()), policy=policy))
     yield made
     asyncio.run(made.close())
 
@@ -44,7 +41,7 @@ def test_it_says_which_row_it_is_and_what_it_serves(engine):
     assert engine.name in ENGINES
     assert engine.policy
     assert engine.revision
-    assert engine.max_context == 200
+    assert engine.max_context == 256
 
 
 def test_ids_and_logprobs_align_and_limits_hold(engine):
@@ -76,20 +73,41 @@ def test_a_stop_id_ends_the_turn_and_is_kept(engine):
 
 
 def test_impossible_prompts_are_value_errors(engine):
-    for prompt in ([], [1] * 200, [-1]):
+    for prompt in ([], [1] * 256, [-1]):
         with pytest.raises(ValueError, match="request r0"):
             run_all(engine, [request(prompt)])
 
 
-def test_a_closed_engine_refuses(engine):
+def test_closing_ends_pending_requests_and_every_process(engine):
     """Runs last: it closes the shared engine."""
+    before = descendants()
 
     async def main():
+        pending = asyncio.create_task(engine.generate(request([1, 2], max_tokens=200)))
+        await asyncio.sleep(0)
         await engine.close()
+        await engine.close()
+        with pytest.raises(EngineError, match="closed"):
+            await pending
         with pytest.raises(EngineError, match="closed"):
             await engine.generate(request([1, 2]))
 
     asyncio.run(main())
+    if engine.name == "vllm":
+        assert any("VLLM" in command for command in before)
+    assert not any("VLLM" in command or command == "zombie" for command in descendants())
+
+
+def descendants() -> list[str]:
+    """Command lines of this process's children and theirs."""
+    found, parents = [], ["self"]
+    while parents:
+        for children in Path(f"/proc/{parents.pop()}/task").glob("*/children"):
+            for pid in children.read_text().split():
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+                found.append(command or "zombie")
+                parents.append(pid)
+    return found
 
 
 def test_an_unknown_engine_is_refused_with_the_list():

@@ -2,7 +2,9 @@
 
 import pytest
 
-from tests.labeling.walker import make_policy, make_tasks
+from labeling.run import label
+from tests.labeling.folders import config
+from tests.labeling.walker import WalkerEngine, make_policy, make_tasks
 
 
 @pytest.fixture(scope="session")
@@ -11,3 +13,11 @@ def lab(tmp_path_factory):
     make_policy(folder / "policy")
     make_tasks(folder / "tasks.jsonl", 6)
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished(lab, tmp_path_factory):
+    """An unbroken run, two trajectories per task."""
+    out = tmp_path_factory.mktemp("finished") / "labels"
+    report = label(config(lab, out, samples=2), engine=WalkerEngine(lab / "policy"))
+    return out, report

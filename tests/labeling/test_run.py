@@ -1,57 +1,18 @@
-import multiprocessing
-import os
-import signal
-import time
 from dataclasses import replace
 from pathlib import Path
-from random import Random
 
 import pytest
 
 from labeling.collect import Collector
 from labeling.ledger import Rollout
-from labeling.run import LabelConfig, label
+from labeling.run import label
 from tests.labeling import walker
-from tests.labeling.walker import WalkerEngine, agent_config
+from tests.labeling.folders import config, evidence, timeless, trajectories
+from tests.labeling.walker import WalkerEngine
 from trajectory.errors import InputError
-from trajectory.records import StopReason, Trajectory
+from trajectory.records import StopReason
 from trajectory.run import read_manifest
 from trajectory.store import read_jsonl, read_labels, write_jsonl
-
-
-def config(lab, out, *, agent=None, **changes):
-    fields = {"agent": agent_config(lab, **(agent or {})), "out": out, "rollouts": 4}
-    return LabelConfig(**(fields | changes))
-
-
-def evidence(out):
-    return {(r.state, r.rollout, r.attempt): r for r in read_jsonl(out / "evidence.jsonl", Rollout)}
-
-
-def trajectories(out):
-    return {t.trajectory_id: t for t in read_jsonl(out / "trajectories.jsonl", Trajectory)}
-
-
-def timeless(out):
-    """The trajectories without the seconds their calls took."""
-    return {
-        name: replace(
-            trajectory,
-            steps=tuple(
-                replace(s, observations=tuple(replace(o, seconds=0) for o in s.observations))
-                for s in trajectory.steps
-            ),
-        )
-        for name, trajectory in trajectories(out).items()
-    }
-
-
-@pytest.fixture(scope="session")
-def finished(lab, tmp_path_factory):
-    """An unbroken run, two trajectories per task."""
-    out = tmp_path_factory.mktemp("finished") / "labels"
-    report = label(config(lab, out, samples=2), engine=WalkerEngine(lab / "policy"))
-    return out, report
 
 
 def test_the_folder_holds_what_the_command_promises(finished):
@@ -306,79 +267,6 @@ def test_an_unexpected_exception_leaves_a_resumable_folder(lab, finished, tmp_pa
     label(config(lab, out, samples=2), engine=engine)
     assert evidence(out) == evidence(finished[0])
     assert timeless(out) == timeless(finished[0])
-
-
-@pytest.fixture(scope="module")
-def start(lab):
-    """Start the command as a process of its own, forked from one that has loaded the libraries."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["tests.labeling.walker", "transformers.models.auto.tokenization_auto", "datasets"]
-    )
-
-    def start(out, errors):
-        flags = f"--tasks {lab}/tasks.jsonl --policy {lab}/policy --out {out} --rollouts 4"
-        limits = "--samples 2 --concurrency 16 --max-steps 6 --max-turn-tokens 200"
-        arguments = (0.3, [*flags.split(), *limits.split()], errors)
-        process = context.Process(target=walker.command, args=arguments)
-        process.start()
-        return process
-
-    return start
-
-
-def wait_for_lines(path, count, process):
-    """Wait until a file has at least ``count`` lines, or the process has ended."""
-    while process.is_alive() and not (path.exists() and path.read_bytes().count(b"\n") >= count):
-        time.sleep(0.005)
-
-
-def read_whole(path):
-    """Complete lines of a file that a killed process may have left."""
-    return list(read_jsonl(path, Rollout, tail="drop")) if path.exists() else []
-
-
-@pytest.mark.slow
-def test_kill_9_at_any_moment_loses_and_doubles_nothing(lab, finished, tmp_path, start):
-    out, dice = tmp_path / "labels", Random(3)
-    for kill in range(6):
-        # The first kills fall into the sampling of trajectories, the others anywhere later.
-        path = out / ("trajectories.jsonl" if kill < 2 else "evidence.jsonl")
-        have = path.read_bytes().count(b"\n") if path.exists() else 0
-        process = start(out, tmp_path / "errors")
-        wait_for_lines(path, have + 1, process)
-        time.sleep(dice.random() * 0.1)
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL, (tmp_path / "errors").read_text()
-    left = len(read_whole(out / "evidence.jsonl"))
-    assert 0 < left < len(evidence(finished[0]))
-    label(config(lab, out, samples=2), engine=WalkerEngine(lab / "policy"))
-    assert len(read_whole(out / "evidence.jsonl")) == len(evidence(out))
-    assert evidence(out) == evidence(finished[0])
-    assert timeless(out) == timeless(finished[0])
-    ours, theirs = (
-        {r.trajectory.trajectory_id: (r.evidence, r.labels) for r in read_labels(f)}
-        for f in (out / "labels.parquet", finished[0] / "labels.parquet")
-    )
-    assert ours == theirs
-    assert read_manifest(out).starts == 7
-
-
-@pytest.mark.slow
-def test_ctrl_c_ends_in_one_sentence_and_a_resumable_folder(lab, finished, tmp_path, start):
-    out, errors = tmp_path / "labels", tmp_path / "errors"
-    process = start(out, errors)
-    wait_for_lines(out / "evidence.jsonl", 3, process)
-    os.kill(process.pid, signal.SIGINT)
-    process.join(60)
-    lines = errors.read_text().strip().splitlines()
-    assert process.exitcode == 130, lines
-    assert lines[-1] == "prm: interrupted; run the same command again to resume"
-    assert not any("Traceback" in line for line in lines)
-    assert read_manifest(out).status == "interrupted"
-    label(config(lab, out, samples=2), engine=WalkerEngine(lab / "policy"))
-    assert evidence(out) == evidence(finished[0])
 
 
 @pytest.mark.parametrize(

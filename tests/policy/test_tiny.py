@@ -6,11 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from agent.chat import ChatFormat, format_call
+from agent.chat import ChatFormat
 from agent.tasks.arithmetic import SYSTEM_PROMPT, ArithmeticDomain, calculator_call
 from agent.tasks.arithmetic_problems import Dials
+from agent.tools.base import schema
 from agent.tools.calculator import CalculatorTool
 from policy.tiny import make_model, make_tokenizer
+from trajectory.formats import format_call
 
 TOKENIZER = make_tokenizer()
 
@@ -81,8 +83,6 @@ def test_a_conversation_in_pieces_is_the_rendered_conversation():
         *chat.observation_ids([("calculator", "17")]),
         *chat.turn_ids("The answer is 17."),
     )
-    from agent.tools.base import schema
-
     rendered = TOKENIZER.apply_chat_template(
         [
             {"role": "system", "content": SYSTEM_PROMPT},

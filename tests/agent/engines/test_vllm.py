@@ -1,17 +1,21 @@
-"""One vLLM engine serves all these tests: it takes up to a minute or two to load."""
+"""vLLM beside a plain forward pass and beside the transformers engine."""
 
 import asyncio
 import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from agent.engines.base import EngineError, EngineOptions
 from agent.engines.transformers import TransformersEngine
 from agent.engines.vllm import VllmEngine
-from tests.agent.engines.tiny import make_llama, prompts, reference_logprobs, request, run_all
+from tests.agent.engines.shared_vllm import (
+    shared_engine,
+    shared_folder,
+    shared_model,
+    shared_options,
+)
+from tests.agent.engines.tiny import prompts, reference_logprobs, request, run_all
 from trajectory.errors import InputError
 
 pytestmark = [
@@ -23,29 +27,19 @@ pytestmark = [
 ]
 
 
-def options(folder: Path) -> EngineOptions:
-    return EngineOptions(
-        policy=str(folder), device="cpu", max_context=256, max_cache_tokens=8192, max_batch=64
-    )
+@pytest.fixture(scope="module")
+def folder():
+    return shared_folder()
 
 
 @pytest.fixture(scope="module")
 def model():
-    return make_llama(hidden_size=128)  # heads of 32, the least vLLM's attention takes
+    return shared_model()
 
 
 @pytest.fixture(scope="module")
-def folder(model, tmp_path_factory):
-    path = tmp_path_factory.mktemp("tiny")
-    model.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def engine(folder):
-    made = VllmEngine(options(folder))
-    yield made
-    asyncio.run(made.close())
+def engine():
+    return shared_engine()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -61,7 +55,7 @@ def test_truncated_distributions_have_the_logprobs_of_the_transformers_engine(en
     greedy = request(prompts(1)[0], temperature=0.0)
     (turn,) = run_all(engine, [greedy])
     sampled = [request(greedy.prompt_ids, seed=s, top_k=3, max_tokens=1) for s in range(40)]
-    other = TransformersEngine(options(folder))
+    other = TransformersEngine(shared_options(folder))
     both = [
         {(t.token_ids, round(t.logprobs[0], 3)) for t in run_all(e, sampled)}
         for e in (engine, other)
@@ -74,7 +68,7 @@ def test_truncated_distributions_have_the_logprobs_of_the_transformers_engine(en
 
 def test_greedy_turns_equal_the_transformers_engine(engine, folder):
     requests = [request(p, temperature=0.0) for p in prompts(8)]
-    other = run_all(TransformersEngine(options(folder)), requests)
+    other = run_all(TransformersEngine(shared_options(folder)), requests)
     for ours, theirs in zip(run_all(engine, requests), other, strict=True):
         assert ours.token_ids == theirs.token_ids
         np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
@@ -128,44 +122,12 @@ def test_a_cancelled_request_does_not_disturb_others(engine):
     assert len(asyncio.run(main()).token_ids) == 20
 
 
-def test_closing_ends_the_processes_and_pending_requests(engine):
-    """Runs last: it closes the shared engine."""
-    before = engine_processes()
-    assert before
-
-    async def main():
-        pending = asyncio.create_task(engine.generate(request([1, 2], max_tokens=200)))
-        await asyncio.sleep(0.05)
-        await engine.close()
-        await engine.close()
-        with pytest.raises(EngineError, match="closed"):
-            await pending
-        with pytest.raises(EngineError, match="closed"):
-            await engine.generate(request([1, 2]))
-
-    asyncio.run(main())
-    assert engine_processes() == []
-
-
-def engine_processes() -> list[str]:
-    """Command names of this process's descendants, Python's resource tracker aside."""
-    found, parents = [], ["self"]
-    while parents:
-        for children in Path(f"/proc/{parents.pop()}/task").glob("*/children"):
-            for pid in children.read_text().split():
-                command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-                if "resource_tracker" not in command:
-                    found.append(command or "zombie")
-                    parents.append(pid)
-    return found
-
-
 def test_an_absent_vllm_is_one_clear_sentence(folder, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="install this package with the extra 'vllm'"):
-        VllmEngine(options(folder))
+        VllmEngine(shared_options(folder))
 
 
 def test_a_missing_folder_is_refused_before_anything_starts(tmp_path):
     with pytest.raises(InputError, match="there is no model folder"):
-        VllmEngine(options(tmp_path / "nowhere"))
+        VllmEngine(shared_options(tmp_path / "nowhere"))

@@ -1,0 +1,36 @@
+"""Making and reading the folders of labelling runs."""
+
+from dataclasses import replace
+
+from labeling.ledger import Rollout
+from labeling.run import LabelConfig
+from tests.labeling.walker import agent_config
+from trajectory.records import Trajectory
+from trajectory.store import read_jsonl
+
+
+def config(lab, out, *, agent=None, **changes):
+    fields = {"agent": agent_config(lab, **(agent or {})), "out": out, "rollouts": 4}
+    return LabelConfig(**(fields | changes))
+
+
+def evidence(out):
+    return {(r.state, r.rollout, r.attempt): r for r in read_jsonl(out / "evidence.jsonl", Rollout)}
+
+
+def trajectories(out):
+    return {t.trajectory_id: t for t in read_jsonl(out / "trajectories.jsonl", Trajectory)}
+
+
+def timeless(out):
+    """The trajectories without the seconds their calls took."""
+    return {
+        name: replace(
+            trajectory,
+            steps=tuple(
+                replace(s, observations=tuple(replace(o, seconds=0) for o in s.observations))
+                for s in trajectory.steps
+            ),
+        )
+        for name, trajectory in trajectories(out).items()
+    }
