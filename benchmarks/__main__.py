@@ -18,6 +18,11 @@ COMMANDS = {
         "benchmarks.best_of_n:compare",
         "choosing among several answers by PRM, beside vote and mean",
     ),
+    "folds": Command(
+        "benchmarks.folds:FoldsConfig",
+        "benchmarks.folds:split",
+        "a label folder split by task, for out-of-fold scores",
+    ),
     "curves": Command(
         "benchmarks.curves:CurvesConfig",
         "benchmarks.curves:compare",

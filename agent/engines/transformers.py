@@ -20,7 +20,7 @@ from agent.engines.base import (
     Generation,
 )
 from agent.engines.checks import check_options, check_request
-from agent.engines.decoder import Decoder, Turn
+from agent.engines.decoder import Decoder
 from agent.engines.loading import (
     align_weights,
     embedding_weight,
@@ -29,6 +29,7 @@ from agent.engines.loading import (
     resolve_dtype,
 )
 from agent.engines.runner import Runner
+from agent.engines.turns import Turn
 from trajectory.errors import InputError
 
 if TYPE_CHECKING:

@@ -42,6 +42,7 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     # A fork of a process whose threads hold locks can hang.
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "2",
 }
 """Set unless the user has set them; vLLM has no other way to say these things."""
 _DTYPES: dict[torch.dtype, Literal["float32", "bfloat16", "float16"]] = {

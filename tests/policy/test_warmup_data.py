@@ -75,6 +75,7 @@ def test_a_row_is_what_an_episode_with_these_turns_has(demonstrations, rows):
             domain=DOMAIN,
             sampling=Sampling(max_tokens=100),
             limits=EpisodeLimits(),
+            system_prompt=DOMAIN.system_prompt,
         )
         spec = EpisodeSpec(trajectory_id="t", task=trajectory.task, seed=0)
         acted = asyncio.run(run_episode(agent, spec))
