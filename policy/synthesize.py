@@ -75,6 +75,8 @@ class SynthesizeConfig:
     """Arithmetic: how much the slip rate depends on the operation, 0 to 1; default 0.95."""
     recovery: float | None = None
     """Arithmetic: how often the turn after a slip repairs it, 0 to 1; default 0.1."""
+    system_prompt: str | None = None
+    """Instructions an agent gets before every problem; the domain's own when not given."""
     seed: int = 0
     """Fixes the slips."""
     allow_unsafe_tools: bool = False
@@ -151,6 +153,8 @@ def synthesize(config: SynthesizeConfig) -> Path:
         If the source is missing or malformed, a flag does not apply to it, or nothing is left.
     """
     domain = parse_tasks(config.tasks)
+    if config.system_prompt is not None:
+        domain.system_prompt = config.system_prompt
     _check(config, domain)
     names = (config.tool,) if config.tool else domain.default_tools[:1]
     (tool,) = build_tools(names, allow_unsafe=config.allow_unsafe_tools)

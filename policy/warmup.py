@@ -66,7 +66,7 @@ class WarmupConfig:
     """tiny (the embedded policy, from scratch), a hub id or a folder."""
     out: Path
     """Folder for the policy: an ordinary Hugging Face folder."""
-    epochs: int = 4
+    epochs: int = 5
     """Passes over the data."""
     learning_rate: float | None = None
     """Peak rate of AdamW; default 3e-3 for tiny, 2e-4 with LoRA, else 2e-5."""
@@ -74,7 +74,7 @@ class WarmupConfig:
     """Share of the steps over which the rate rises from 0; it then falls as a cosine."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
-    step_tokens: int = 4096
+    step_tokens: int = 2048
     """Tokens of an optimizer step, all processes together."""
     micro_tokens: int = 4096
     """Most padded tokens in one forward pass."""

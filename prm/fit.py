@@ -97,6 +97,17 @@ def default_learning_rate(model: nn.Module, *, lora: bool) -> float:
     return float(np.clip(1e-3 * math.sqrt(1e6 / num_trainable(model)), 1e-5, 1e-3))
 
 
+def default_step_tokens(epoch_tokens: int) -> int:
+    """Choose the size of an optimizer step: about 32 steps an epoch, 2048 to 16384 tokens each.
+
+    Examples
+    --------
+    >>> default_step_tokens(30_000), default_step_tokens(160_000), default_step_tokens(10**7)
+    (2048, 5000, 16384)
+    """
+    return min(max(epoch_tokens // 32, 2048), 16_384)
+
+
 def learning_rate_at(step: int, total: int, peak: float) -> float:
     """Linear warm-up, then a cosine to zero.
 

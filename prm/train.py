@@ -32,7 +32,7 @@ from prm.checkpoint import (
     vocabulary_of,
 )
 from prm.data import Example, OnLong, Position, keep_short, make_examples
-from prm.fit import FitOptions, Fitter, default_learning_rate
+from prm.fit import FitOptions, Fitter, default_learning_rate, default_step_tokens
 from prm.heads import Head, get_head
 from prm.model import (
     Device,
@@ -76,8 +76,8 @@ class TrainConfig:
     """Most passes over the labels."""
     learning_rate: float | None = None
     """Peak rate; None chooses by model size and prints it."""
-    step_tokens: int = 8192
-    """Tokens of one optimizer step."""
+    step_tokens: int | None = None
+    """Tokens of one optimizer step; None takes about 32 steps an epoch, of 2048 to 16384 tokens."""
     batch_tokens: int = 8192
     """Padded tokens of one forward pass; lower it if memory runs out, results do not change."""
     max_length: int = 4096
@@ -97,9 +97,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         get_head(self.head)
-        positive = ("epochs", "step_tokens", "batch_tokens", "max_length")
-        for name in positive:
-            if getattr(self, name) < 1:
+        for name in ("epochs", "step_tokens", "batch_tokens", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1")
         if self.lora_rank < 0 or self.patience < 0:
             raise InputError("--lora-rank and --patience must not be negative")
@@ -155,7 +155,10 @@ def train(config: TrainConfig) -> Path:
         if not is_checkpoint(config.out) or (config.out / STATE).exists():
             _train(config, rows, accelerator, {p.path: p.sha256 for p in run.manifest.parents})
         training = load_metadata(config.out).training
-        run.finish({name: n for name, n in training.items() if isinstance(n, int)})
+        counted = ("train_", "held_out_", "dropped_", "epochs", "steps")
+        run.finish(
+            {k: n for k, n in training.items() if isinstance(n, int) and k.startswith(counted)}
+        )
     return config.out
 
 
@@ -174,7 +177,7 @@ def _train(
     if config.lora_rank:
         assert isinstance(model, PreTrainedModel)
         model = add_lora(model, rank=config.lora_rank, seed=config.seed)
-    options = _fit_options(config, model, tokenizer.pad_token_id)
+    options = _fit_options(config, model, split, tokenizer.pad_token_id)
     fitter = Fitter(
         model, head, options=options, folder=config.out / STATE, accelerator=accelerator
     )
@@ -254,16 +257,17 @@ def _base_rate(examples: Sequence[Example], head: Head) -> float:
     return float(np.average(values, weights=np.concatenate([t.weights for t in targets])))
 
 
-def _fit_options(config: TrainConfig, model: nn.Module, pad_id: int) -> FitOptions:
-    """Resolve what depends on model and device."""
+def _fit_options(config: TrainConfig, model: nn.Module, split: Split, pad_id: int) -> FitOptions:
+    """Resolve what depends on model, data and device."""
     on_gpu = pick_device(config.device).type == "cuda"
+    epoch_tokens = sum(len(e.input_ids) for e in split.train)
     rate = config.learning_rate
     if rate is None:
         rate = default_learning_rate(model, lora=config.lora_rank > 0)
     return FitOptions(
         epochs=config.epochs,
         learning_rate=rate,
-        step_tokens=config.step_tokens,
+        step_tokens=config.step_tokens or default_step_tokens(epoch_tokens),
         batch_tokens=config.batch_tokens,
         patience=config.patience,
         seed=config.seed,
@@ -282,7 +286,7 @@ def _announce(split: Split, fitter: Fitter, *, base_rate: float, options: FitOpt
         f"{len(split.held_out)} of {len(tasks.validation)} held out "
         f"({split.dropped_long} dropped as too long, {split.dropped_unlabelled} without labels); "
         f"base rate {base_rate:.3f}; {num_trainable(fitter.raw_model):,} trainable parameters; "
-        f"peak learning rate {options.learning_rate:.2g}",
+        f"{options.step_tokens} tokens a step; peak learning rate {options.learning_rate:.2g}",
         soft_wrap=True,
     )
 
@@ -338,6 +342,7 @@ def _save(
             "best_epoch": done.best_epoch,
             "steps": done.step,
             "learning_rate": options.learning_rate,
+            "step_tokens": options.step_tokens,
             "base_rate": base_rate,
             "held_out_nll": held_out.nll(),
             "base_rate_nll": replace(held_out, margins_P=constant).nll(),

@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 data=$1 qwen=$2 smollm=$3 out=${4:-runs/real}
 engine=${ENGINE:-vllm} device=${DEVICE:-auto}
-test_tasks=${TEST_TASKS:-24} train_tasks=${TRAIN_TASKS:-40} rl_steps=${RL_STEPS:-20}
+test_tasks=${TEST_TASKS:-24} rl_steps=${RL_STEPS:-20}
 part=${PART:-all}
 export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-2}
 mkdir -p "$out"
@@ -26,23 +26,32 @@ acting=(--policy "$qwen" --engine "$engine" --dtype bfloat16 --device "$device"
 if [[ $part == all || $part == label ]]; then
     run prm label --tasks "math:$data/test.jsonl" --num-tasks "$test_tasks" --samples 4 \
         --rollouts 4 "${acting[@]}" --out "$out/labels-test"
-    run prm label --tasks "math:$data/train.jsonl" --num-tasks "$train_tasks" --samples 2 \
-        --rollouts 4 "${acting[@]}" --out "$out/labels-train"
 fi
 
 if [[ $part == all || $part == best ]]; then
-    run prm train --labels "$out/labels-train" --model "$smollm" --epochs 3 --device "$device" \
-        --out "$out/prm-smollm2"
-    run prm evaluate --prm "$out/prm-smollm2" --labels "$out/labels-test" --device "$device"
-    run prm score --prm "$out/prm-smollm2" --trajectories "$out/labels-test/trajectories.jsonl" \
-        --device "$device" --out "$out/smollm2.jsonl"
+    # Few tasks are labelled, so every task is scored by a PRM trained on the other half.
+    run python -m benchmarks folds --labels "$out/labels-test" --out "$out/folds"
+    for fold in 0 1; do
+        run prm train --labels "$out/folds/$fold-train" --model "$smollm" --epochs 3 \
+            --step-tokens 2048 --batch-tokens 2048 --precision bfloat16 --device "$device" \
+            --out "$out/prm-smollm2-$fold"
+        run prm evaluate --prm "$out/prm-smollm2-$fold" --labels "$out/folds/$fold-test" \
+            --device "$device"
+        run prm score --prm "$out/prm-smollm2-$fold" --device "$device" \
+            --trajectories "$out/folds/$fold-test/trajectories.jsonl" --out "$out/scores-$fold.jsonl"
+    done
+    cat "$out/scores-0.jsonl" "$out/scores-1.jsonl" >"$out/smollm2.jsonl"
     scores=(--scores "$out/smollm2.jsonl")
     if [[ ${LORA:-1} == 1 ]]; then
-        run prm train --labels "$out/labels-train" --model "$qwen" --lora-rank 16 --epochs 1 \
-            --precision bfloat16 --batch-tokens 2048 --device "$device" --out "$out/prm-qwen"
-        run prm evaluate --prm "$out/prm-qwen" --labels "$out/labels-test" --device "$device"
-        run prm score --prm "$out/prm-qwen" --trajectories "$out/labels-test/trajectories.jsonl" \
-            --device "$device" --out "$out/qwen.jsonl"
+        for fold in 0 1; do
+            run prm train --labels "$out/folds/$fold-train" --model "$qwen" --lora-rank 16 \
+                --epochs 1 --step-tokens 2048 --batch-tokens 1024 --precision bfloat16 \
+                --device "$device" --out "$out/prm-qwen-$fold"
+            run prm score --prm "$out/prm-qwen-$fold" --device "$device" \
+                --trajectories "$out/folds/$fold-test/trajectories.jsonl" \
+                --out "$out/qwen-$fold.jsonl"
+        done
+        cat "$out/qwen-0.jsonl" "$out/qwen-1.jsonl" >"$out/qwen.jsonl"
         scores+=("$out/qwen.jsonl")
     fi
     run python -m benchmarks best-of-n --trajectories "$out/labels-test/trajectories.jsonl" \
@@ -50,24 +59,41 @@ if [[ $part == all || $part == best ]]; then
 fi
 
 if [[ $part == all || $part == optimize ]]; then
+    # Problems of at most two operations; the first ones warm the policy up, later ones are for RL.
     system="Solve the problem with the calculator, one step at a time. End with: The answer is N."
-    playing=(--tasks "math:$data/train.jsonl" --tools calculator --system-prompt "$system"
-        --max-turn-tokens 96 --max-context 768 --max-steps 6)
     run policy synthesize --tasks "math:$data/train.jsonl" --tool calculator --max-calls 2 \
-        --system-prompt "$system" --num-tasks "${WARMUP_TASKS:-3000}" --out "$out/demonstrations"
-    run policy warmup --data "$out/demonstrations" --model "$smollm" --chat-format chatml \
-        --epochs 1 --device "$device" --out "$out/warmup"
-    run prm label "${playing[@]}" --first-task 3000 --num-tasks 60 --samples 2 --rollouts 4 \
-        --policy "$out/warmup" --device "$device" --out "$out/labels-warmup"
-    run prm train --labels "$out/labels-warmup" --model "$out/warmup" --epochs 3 \
-        --device "$device" --out "$out/prm-warmup"
+        --system-prompt "$system" --out "$out/demonstrations"
+    warm=${WARMUP_TASKS:-100}
+    head -n "$warm" "$out/demonstrations/trajectories.jsonl" >"$out/warmup.jsonl"
+    python - "$out/demonstrations/trajectories.jsonl" "$out/short.jsonl" <<'PYTHON'
+import json
+import sys
+
+from trajectory.records import Trajectory
+from trajectory.store import read_jsonl
+
+with open(sys.argv[2], "w") as sink:
+    for t in read_jsonl(sys.argv[1], Trajectory):
+        row = {"id": t.task.task_id, "problem": t.task.prompt, "answer": t.task.answer}
+        sink.write(json.dumps(row) + "\n")
+PYTHON
+    playing=(--tasks "math:$out/short.jsonl" --tools calculator --system-prompt "$system"
+        --chat-format auto --max-turn-tokens 64 --max-context 640 --max-steps 5
+        --temperature 0.8 --device "$device")
+    run policy warmup --data "$out/warmup.jsonl" --model "$smollm" --chat-format chatml \
+        --epochs 1 --step-tokens 1024 --micro-tokens 2048 --out "$out/warmup"
+    run prm label "${playing[@]}" --first-task "$warm" --num-tasks "${PRM_TASKS:-60}" --rollouts 1 \
+        --policy "$out/warmup" --out "$out/labels-warmup"
+    run prm train --labels "$out/labels-warmup" --model "$out/warmup" --epochs 2 \
+        --step-tokens 2048 --batch-tokens 2048 --precision bfloat16 --device "$device" \
+        --out "$out/prm-warmup"
     for arm in outcome prm; do
         flags=()
         [ "$arm" = prm ] && flags=(--prm "$out/prm-warmup")
-        run policy optimize "${playing[@]}" --first-task 4000 --num-tasks 500 \
-            --policy "$out/warmup" "${flags[@]}" --tasks-per-step 8 --group-size 4 \
-            --steps "$rl_steps" --learning-rate 1e-5 --warmup-steps 2 --device "$device" \
-            --out "$out/$arm-seed0"
+        run policy optimize "${playing[@]}" --first-task $((warm + 500)) --num-tasks 500 \
+            --policy "$out/warmup" "${flags[@]}" --tasks-per-step "${TASKS_PER_STEP:-3}" \
+            --group-size 4 --steps "$rl_steps" --learning-rate 1e-5 --warmup-steps 2 \
+            --batch-tokens 2048 --out "$out/rl/$arm-seed0"
     done
-    run python -m benchmarks curves --run "$out" --out "$out/curves"
+    run python -m benchmarks curves --run "$out/rl" --out docs/results/real_gsm8k_curves
 fi

@@ -21,7 +21,7 @@ from trajectory.records import Step, Task, ToolCall
 SlipKind = Literal["wrong_operator", "wrong_operand", "wrong_digit", "skipped"]
 
 _EASY_SLIPS: tuple[SlipKind, ...] = ("wrong_operand", "wrong_digit", "skipped", "wrong_operator")
-_HARD_SLIPS: tuple[SlipKind, ...] = ("wrong_operator",)
+_HARD_SLIPS: tuple[SlipKind, ...] = (*("wrong_operator",) * 17, *_EASY_SLIPS[:3])
 """What goes wrong, equally likely entries: hard kinds are mostly misread."""
 
 
