@@ -48,15 +48,13 @@ def report(config: DemoConfig) -> dict[str, JsonValue]:
     """
     run = config.run
     before, after = _read(run / "before/evaluation.json"), _read(run / "after/evaluation.json")
-    metrics = _read(run / "prm/evaluation/metrics.json")
-    actions = metrics["sections"]["actions"]["prm"]
-    states = metrics["sections"]["states"]["prm"]
-    finals = metrics["sections"]["trajectories"]["prm"]
+    outcomes = _read(run / "held-out/evaluation/metrics.json")["sections"]
+    exact = _read(run / "prm/evaluation/metrics.json")
     estimates = {
-        "auroc": actions["auroc"],
-        "auroc_trajectories": finals["auroc"],
-        "ece": states["ece"],
-        "spearman_exact": metrics.get("spearman_exact", {"value": None}),
+        "auroc": outcomes["actions"]["prm"]["auroc"],
+        "auroc_trajectories": outcomes["trajectories"]["prm"]["auroc"],
+        "ece": outcomes["actions"]["prm"]["ece"],
+        "spearman_exact": exact.get("spearman_exact", {"value": None}),
     }
     body: dict[str, JsonValue] = {
         "accuracy": {"warmup": before["accuracy"], "prm": after["accuracy"]},

@@ -11,18 +11,15 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from transformers import AutoConfig, AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 from agent.chat import ChatFormat, ChatKind
@@ -40,6 +37,7 @@ from policy.warmup_data import (
     plan_epoch,
     summed_loss,
 )
+from policy.warmup_state import CHECKPOINTS, interrupts, list_checkpoints, save_checkpoint
 from trajectory.atomic import atomic_folder
 from trajectory.errors import InputError
 from trajectory.progress import progress
@@ -53,7 +51,6 @@ if TYPE_CHECKING:
 
 TINY = "tiny"
 MAX_GRADIENT_NORM = 1.0
-_CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,7 +293,7 @@ def _prepare(
         held_out=held_out,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
     )
-    saved = _checkpoints(config.out)
+    saved = list_checkpoints(config.out)
     if saved:
         training.done, folder = saved[-1]
         accelerator.load_state(str(folder))
@@ -312,7 +309,7 @@ def _tracker(config: WarmupConfig) -> Tracker:
 def _run(config: WarmupConfig, training: _Training, tracker: Tracker) -> None:
     """Train to the end of the plan."""
     total = len(training.plan)
-    with progress("warm-up steps", total, done=training.done) as bar, _interrupts() as pending:
+    with progress("warm-up steps", total, done=training.done) as bar, interrupts() as pending:
         for indices in training.plan[training.done :]:
             started = time.monotonic()
             rows = [training.train[i] for i in indices]
@@ -327,7 +324,7 @@ def _run(config: WarmupConfig, training: _Training, tracker: Tracker) -> None:
                 bar.advance(0, held_out=metrics["held_out_loss"])
             tracker.log(training.done, metrics)
             if (training.done % config.checkpoint_every == 0 or pending) and training.done < total:
-                _checkpoint(config.out, training)
+                save_checkpoint(config.out, training.accelerator, step=training.done)
             if pending:
                 raise KeyboardInterrupt
 
@@ -377,56 +374,20 @@ def _on(device: torch.device, batch: Batch) -> Batch:
     return Batch(input_ids_BT=batch.input_ids_BT.to(device), labels_BT=batch.labels_BT.to(device))
 
 
-@contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """Collect Ctrl-C so that a step is never left half done; a second one ends at once."""
-    pending: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield pending
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        pending.append(number)
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, remember)
-    try:
-        yield pending
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _checkpoints(out: Path) -> list[tuple[int, Path]]:
-    """List complete checkpoints with their step, oldest first."""
-    folders = (out / _CHECKPOINTS).glob("step-*")
-    return sorted((int(folder.name.removeprefix("step-")), folder) for folder in folders)
-
-
-def _checkpoint(out: Path, training: _Training) -> None:
-    """Save the state under a new name, then remove the older ones."""
-    older = _checkpoints(out)
-    staged = out / _CHECKPOINTS / f".step-{training.done}"
-    accelerator = training.accelerator
-    # Tied weights are one tensor; the default format would refuse or drop the second name.
-    accelerator.save_state(str(staged), safe_serialization=False)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        os.replace(staged, staged.with_name(f"step-{training.done}"))
-        for _, folder in older:
-            shutil.rmtree(folder)
-
-
 def _publish(config: WarmupConfig, training: _Training, chat: ChatFormat) -> None:
     """Write the policy into the run folder, the weights last, and drop the checkpoints."""
     accelerator = training.accelerator
-    state = accelerator.get_state_dict(training.model)
+    gathered = accelerator.get_state_dict(training.model)
     model = accelerator.unwrap_model(training.model)
     if config.lora_rank is not None:
-        model, state = model.merge_and_unload(), None
+        model = model.merge_and_unload()
+    dtype = torch.float32
     if config.model != TINY:
-        model = model.to(AutoConfig.from_pretrained(config.model).dtype or torch.float32)
-        state = None
+        dtype = AutoConfig.from_pretrained(config.model).dtype or dtype
+    model = model.to(dtype)
+    state = None  # what the model itself holds, unless that is only this process's shard
+    if accelerator.distributed_type is DistributedType.FSDP:
+        state = {name: tensor.to(dtype) for name, tensor in gathered.items()}
     model.generation_config.eos_token_id = list(chat.stop_ids)
     staged = config.out / ".policy"
     with atomic_folder(staged) as temporary:
@@ -436,4 +397,4 @@ def _publish(config: WarmupConfig, training: _Training, chat: ChatFormat) -> Non
     for name in sorted(names, key=lambda name: name.endswith(".safetensors")):
         os.replace(staged / name, config.out / name)
     staged.rmdir()
-    shutil.rmtree(config.out / _CHECKPOINTS, ignore_errors=True)
+    shutil.rmtree(config.out / CHECKPOINTS, ignore_errors=True)

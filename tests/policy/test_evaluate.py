@@ -119,7 +119,7 @@ def policy(tmp_path_factory):
 
 
 def config(policy, out=None, **changes):
-    agent = module.HeldOutConfig(
+    agent = module.HeldOutAgentConfig(
         tasks="arithmetic:operations=2", policy=policy, num_tasks=5, max_turn_tokens=60
     )
     return EvaluateConfig(agent=agent, out=out, **({"samples": 4} | changes))

@@ -12,8 +12,6 @@ import time
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from agent.engines.base import EngineError, EngineOptions, EngineStats
@@ -23,7 +21,7 @@ from labeling.run import LabelConfig, label
 from policy.evaluate import EvaluateConfig, evaluate
 from policy.learner import make_learner
 from policy.optimize import OptimizeConfig, optimize
-from policy.rollout import episode_specs, load_pool, run_groups, tasks_of_step
+from policy.rollout import episode_specs, load_pool, run_groups
 from policy.synthesize import SynthesizeConfig, synthesize
 from policy.tiny import make_tokenizer
 from policy.warmup import WarmupConfig, warmup
@@ -333,20 +331,6 @@ def test_a_missing_prm_is_refused_before_the_output_is_touched(policy, tmp_path)
 def test_an_endless_generator_gives_fresh_tasks_for_the_whole_run(policy):
     pool = load_pool(agent_config(policy, num_tasks=None), needed=12, per_step=4)
     assert len({t.task_id for t in pool}) == 12
-
-
-@given(st.integers(1, 6), st.integers(0, 5), st.integers(0, 9), st.integers(0, 50))
-def test_every_pass_visits_each_task_at_most_once(per_step, extra, seed, start):
-    pool = per_step + extra
-    per_pass = pool // per_step
-    first = start * per_pass
-    seen = [
-        i
-        for step in range(first, first + per_pass)
-        for i in tasks_of_step(pool, per_step, step=step, seed=seed)
-    ]
-    assert len(seen) == len(set(seen)) == per_pass * per_step
-    assert set(seen) <= set(range(pool))
 
 
 class _BrokenEngine:

@@ -23,7 +23,7 @@ from trajectory.tracking import read_metrics
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out: Path = tmp_path_factory.mktemp("data") / "out"
-    synthesize(SynthesizeConfig(tasks="arithmetic", num_tasks=40, slip=0.0, out=out))
+    synthesize(SynthesizeConfig(tasks="arithmetic", num_tasks=24, slip=0.0, out=out))
     return out
 
 
@@ -53,18 +53,18 @@ def largest_difference(one: Path, two: Path) -> float:
 
 def test_a_policy_from_scratch_learns_and_is_an_ordinary_folder(data, tmp_path):
     out = tmp_path / "out"
-    warmup(config_for(data, out, epochs=12, track="jsonl", learning_rate=4e-3))
+    warmup(config_for(data, out, epochs=8, step_tokens=512, track="jsonl"))
     curve = [entry.metrics for entry in read_metrics(out)]
-    assert curve[-1]["loss"] < 0.4 * curve[0]["loss"]
+    assert curve[-1]["loss"] < 0.5 * curve[0]["loss"]
     held_out = [entry["held_out_loss"] for entry in curve if "held_out_loss" in entry]
-    assert len(held_out) == 12
+    assert len(held_out) == 8
     assert held_out[-1] < held_out[0]
     tokenizer = AutoTokenizer.from_pretrained(out)
     model = AutoModelForCausalLM.from_pretrained(out)
     assert tokenizer.chat_template == CHAT_TEMPLATE
     assert model.generation_config.eos_token_id == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
     manifest = read_manifest(out)
-    assert manifest.counts["trajectories"] == 40
+    assert manifest.counts["trajectories"] == 24
     assert manifest.counts["held_out"] == 1
     assert manifest.counts["steps"] == len(curve)
     assert not (out / "checkpoints").exists()
@@ -90,7 +90,7 @@ def interrupt_when(metrics: Path, lines: int) -> threading.Thread:
 
 
 def test_an_interrupted_run_continues_to_the_same_weights(data, tmp_path):
-    settings = {"epochs": 8, "step_tokens": 512, "track": "jsonl"}
+    settings = {"epochs": 5, "step_tokens": 512, "track": "jsonl"}
     warmup(config_for(data, tmp_path / "whole", **settings))
     part = tmp_path / "part"
     watcher = interrupt_when(part / "metrics.jsonl", 3)
@@ -115,7 +115,7 @@ def test_a_finished_run_is_left_as_it_is(data, tmp_path):
     assert (tmp_path / "out/model.safetensors").stat().st_mtime_ns == before
     manifest = read_manifest(tmp_path / "out")
     assert manifest.status == "finished"
-    assert manifest.counts["trajectories"] == 40
+    assert manifest.counts["trajectories"] == 24
 
 
 def test_a_folder_of_another_run_is_refused(data, tmp_path):
@@ -175,7 +175,7 @@ def test_different_tools_are_refused(data, tmp_path):
     ("settings", "message"),
     [
         ({"data": Path("nowhere")}, "nowhere"),
-        ({"model": "no/such-folder"}, "no tokenizer could be loaded"),
+        ({"model": "."}, "no tokenizer could be loaded"),
         ({"lora_rank": 4}, "tiny starts from scratch"),
         ({"chat_format": "chatml"}, "tiny brings its own"),
         ({"epochs": 0}, "--epochs must be >= 1"),
@@ -183,7 +183,9 @@ def test_different_tools_are_refused(data, tmp_path):
         ({"learning_rate": -1.0}, "--learning-rate must be > 0"),
     ],
 )
-def test_bad_settings_are_refused(data, tmp_path, settings, message):
+def test_bad_settings_are_refused(data, tmp_path, monkeypatch, settings, message):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
     settings = {"data": data, **settings}
     with pytest.raises(InputError, match=message):
         warmup(config_for(out=tmp_path / "out", **settings))

@@ -87,7 +87,7 @@ def test_a_row_is_what_an_episode_with_these_turns_has(demonstrations, rows):
 
 
 def test_rows_that_are_too_long_are_an_error_that_counts_them():
-    with pytest.raises(InputError, match="2 of 3 trajectories exceed --max-length 5 .*longest has 9"):
+    with pytest.raises(InputError, match="2 of 3 trajectories exceed --max-length 5 "):
         fitting([row(9), row(5), row(6)], 5, drop=False)
 
 
@@ -111,9 +111,7 @@ def test_rows_of_a_task_are_held_out_together(tasks, share, seed):
             hold_out(rows, share, seed)
         return
     train, held = hold_out(rows, share, seed)
-    assert sorted(map(len, (r.input_ids for r in (*train, *held)))) == list(
-        range(1, len(rows) + 1)
-    )
+    assert sorted(map(len, (r.input_ids for r in (*train, *held)))) == list(range(1, len(rows) + 1))
     assert {r.task_id for r in train}.isdisjoint({r.task_id for r in held})
     assert train
     assert bool(held) == (share > 0)

@@ -375,9 +375,10 @@ def test_an_unknown_tool_name_is_not_faithful():
     assert not progress(HAND, [other]).faithful
 
 
-GOLDEN_ID = "arithmetic-test-000123-aa2c4ba3"
+GOLDEN_ID = "arithmetic-test-000123-64f00c9f"
 GOLDEN_PROMPT = (
-    "Mia has 14 coins. She wins 16 coins. She is 16 years old. She sells 11 coins. "
-    "She drops 10 coins. She drops 5 coins. How many coins does Mia have?"
+    "Eva has 3 books. Day 1: She buys 5 boxes of 5 books. Day 2: She finds 5 bags of 3 books. "
+    "Day 3: Ben has 3 times as many. Day 4: He buys 4 bags of 4 books. He is 6 years old. "
+    "Day 5: He wins 4 boxes of 3 books. How many books does Ben have?"
 )
-GOLDEN_ANSWER = "4"
+GOLDEN_ANSWER = "157"
