@@ -1,5 +1,7 @@
 """Fixtures that every package's tests share."""
 
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,11 @@ from hypothesis import settings
 # A busy machine is no failure, and a failure must come again on the next run.
 settings.register_profile("project", deadline=None, derandomize=True)
 settings.load_profile("project")
+
+# A test run that a script starts in its background ignores Ctrl-C, and so would the commands that
+# the tests start and interrupt.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

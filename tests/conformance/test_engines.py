@@ -93,9 +93,11 @@ def test_closing_ends_pending_requests_and_every_process(engine):
             await engine.generate(request([1, 2]))
 
     asyncio.run(main())
+    after = descendants()
     if engine.name == "vllm":
         assert any("VLLM" in command for command in before)
-    assert not any("VLLM" in command or command == "zombie" for command in descendants())
+        assert not any("VLLM" in command or command == "zombie" for command in after)
+    assert len(after) <= len(before)
 
 
 def descendants() -> list[str]:
