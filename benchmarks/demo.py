@@ -73,7 +73,7 @@ def report(config: DemoConfig) -> dict[str, JsonValue]:
         "seconds": _seconds(run / "seconds.tsv"),
     }
     shutil.copyfile(run / "optimized/learning_curve.png", run / "learning_curve.png")
-    shutil.copyfile(run / "prm/evaluation/reliability.png", run / "reliability.png")
+    shutil.copyfile(run / "held-out/evaluation/reliability.png", run / "reliability.png")
     with atomic_path(run / "report.json") as temporary:
         temporary.write_text(json.dumps(body, indent=2) + "\n")
     _print(body, estimates, run)

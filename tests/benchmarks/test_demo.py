@@ -24,7 +24,7 @@ def demo_folder(folder):
     exact = {"sections": {}, "spearman_exact": estimate(0.7)}
     (folder / "held-out/evaluation/metrics.json").write_text(json.dumps({"sections": sections}))
     (folder / "prm/evaluation/metrics.json").write_text(json.dumps(exact))
-    (folder / "prm/evaluation/reliability.png").write_bytes(b"r")
+    (folder / "held-out/evaluation/reliability.png").write_bytes(b"r")
     (folder / "optimized").mkdir()
     (folder / "optimized/learning_curve.png").write_bytes(b"c")
     (folder / "seconds.tsv").write_text("synthesize\t2\nwarmup\t100\nexact\t5\n")
