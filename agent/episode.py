@@ -165,17 +165,19 @@ async def run_episode(agent: Agent, spec: EpisodeSpec) -> Trajectory:
     toolbox = _ToolBox(agent, spec)
     failure: str | None = None
     answer: str | None = None
+    outcome: float | None = None
     try:
         stop, answer = await _interact(agent, spec, prompt_ids, steps, toolbox)
+        if stop.judged:
+            outcome = 0.0
+            if answer is not None:
+                outcome = await agent.domain.grade(spec.task, answer, steps)
     except EngineError as error:
         stop, failure = StopReason.ENGINE_FAILURE, str(error)
     except ToolFailure as error:
         stop, failure = StopReason.TOOL_FAILURE, str(error)
     finally:
         await toolbox.close()
-    outcome = None
-    if stop.judged:
-        outcome = agent.domain.grade(spec.task, answer) if answer is not None else 0.0
     meta: dict[str, JsonValue] = {"isolation": agent.isolation} if agent.isolation else {}
     if failure is not None:
         meta["failure"] = failure

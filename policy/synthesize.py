@@ -209,7 +209,7 @@ async def _write(
             policy = "solution"
         if config.max_calls is not None and len(steps) - 1 > config.max_calls:
             raise Dropped("dropped_too_many_calls")
-        return _trajectory(task, sample, steps, domain=domain, tool=tool, policy=policy)
+        return await _trajectory(task, sample, steps, domain=domain, tool=tool, policy=policy)
 
     jobs = [(task, sample) for task in tasks for sample in range(config.samples)]
     counts: Counter[str] = Counter(tasks=len(tasks), written=0, correct=0)
@@ -246,7 +246,7 @@ async def _in_order(
             yield result
 
 
-def _trajectory(
+async def _trajectory(
     task: Task,
     sample: int,
     steps: Sequence[Step],
@@ -266,7 +266,7 @@ def _trajectory(
         steps=tuple(steps),
         stop=StopReason.MALFORMED if answer is None else StopReason.ANSWERED,
         answer=answer,
-        outcome=0.0 if answer is None else domain.grade(task, answer),
+        outcome=0.0 if answer is None else await domain.grade(task, answer, steps),
         group=task.task_id,
         policy=policy,
         tools=(tool.name,),
@@ -327,7 +327,7 @@ async def follow_solution(
         raise Dropped("dropped_answer_not_computed")
     final = f"{rest}\nThe answer is \\boxed{{{task.answer}}}.".lstrip()
     answer = domain.extract(final)
-    if answer is None or domain.grade(task, answer) < 1:
+    if answer is None or await domain.grade(task, answer, steps) < 1:
         raise Dropped("dropped_answer_rejected")
     return (*steps, Step(text=final))
 

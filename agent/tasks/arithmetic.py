@@ -180,18 +180,21 @@ class ArithmeticDomain:
         found = _ANSWER.findall(text)
         return str(found[-1]).replace(",", "") if found else None
 
-    def grade(self, task: Task, answer: str) -> float:
-        """Return 1.0 if ``answer`` is the gold number, else 0.0.
+    async def grade(self, task: Task, answer: str, steps: Sequence[Step] = ()) -> float:
+        """Return 1.0 if ``answer`` is the gold number, else 0.0."""
+        return float(same_value(answer, task.answer))
 
-        Examples
-        --------
-        >>> domain = ArithmeticDomain()
-        >>> task = domain.load(split="test", first=0, count=1)[0]
-        >>> domain.grade(task, task.answer + ".0"), domain.grade(task, task.answer + "1")
-        (1.0, 0.0)
-        """
-        given = _number(answer)
-        return float(given is not None and given == _number(task.answer))
+
+def same_value(answer: str, gold: str) -> bool:
+    """Tell whether an answer is a number and the gold one.
+
+    Examples
+    --------
+    >>> same_value("12.0", "12"), same_value("121", "12"), same_value("twelve", "12")
+    (True, False, False)
+    """
+    given = _number(answer)
+    return given is not None and given == _number(gold)
 
 
 def gold_problem(task: Task) -> Problem:
@@ -314,8 +317,7 @@ def reachable(task: Task, steps: Sequence[Step], *, max_steps: int) -> bool:
     """
     state = progress(task, steps)
     if state.answered:
-        domain = ArithmeticDomain()
-        answer = domain.extract(steps[-1].text)
-        return answer is not None and domain.grade(task, answer) == 1.0
+        answer = ArithmeticDomain().extract(steps[-1].text)
+        return answer is not None and same_value(answer, task.answer)
     left = len(gold_problem(task).operations) - state.done
     return len(steps) + left + 1 <= max_steps

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
-from trajectory.records import Task
+from trajectory.records import Step, Task
 
 Split = Literal["train", "validation", "test"]
 
@@ -37,6 +37,21 @@ class TaskDomain(Protocol):
         """Return the final answer in the last turn's text, or None if it holds none."""
         ...
 
-    def grade(self, task: Task, answer: str) -> float:
-        """Judge an answer: 1.0 right, 0.0 wrong (or a fraction). Never raises on odd answers."""
+    async def grade(self, task: Task, answer: str, steps: Sequence[Step] = ()) -> float:
+        """Judge how an episode ended: 1.0 right, 0.0 wrong (or a fraction).
+
+        Parameters
+        ----------
+        task : Task
+            One of this domain's.
+        answer : str
+            What `extract` found; odd answers are wrong, never an error.
+        steps : sequence of Step
+            The whole episode, for domains whose goal is a state that its calls brought about.
+
+        Raises
+        ------
+        ToolFailure
+            If a checker that runs code broke: the episode has no verdict then.
+        """
         ...

@@ -10,7 +10,7 @@ from pathlib import Path
 from agent.tasks.answers import after_answer_is, last_boxed, same_number, trim
 from agent.tasks.base import Split
 from agent.tasks.rows import answer_column, make_tasks, read_rows, select
-from trajectory.records import Task
+from trajectory.records import Step, Task
 
 
 class JsonlDomain:
@@ -55,7 +55,7 @@ class JsonlDomain:
         lines = [line for line in text.splitlines() if line.strip()]
         return last_boxed(text) or after_answer_is(text) or (trim(lines[-1]) if lines else None)
 
-    def grade(self, task: Task, answer: str) -> float:
+    async def grade(self, task: Task, answer: str, steps: Sequence[Step] = ()) -> float:
         """Return 1.0 if the answer equals the gold answer, else 0.0."""
         equal = same_number(task.answer, answer)
         if equal is not None:

@@ -2,6 +2,7 @@ r"""Mathematics problems with a final answer: GSM8K, MATH, AIME and any JSONL of
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from agent.tasks.base import Split
 from agent.tasks.rows import Row, answer_column, make_tasks, read_rows, select
 from agent.tasks.verifier import Verifier
 from trajectory.errors import InputError
-from trajectory.records import Task
+from trajectory.records import Step, Task
 
 MAX_ANSWER_CHARS = 1000
 """A longer answer is wrong unless it equals the gold text."""
@@ -95,7 +96,7 @@ class MathDomain:
         r"""Return the last ``\boxed{...}``, else ``#### x``, else what follows "answer is"."""
         return last_boxed(text) or after_hashes(text) or after_answer_is(text)
 
-    def grade(self, task: Task, answer: str) -> float:
+    async def grade(self, task: Task, answer: str, steps: Sequence[Step] = ()) -> float:
         """Return 1.0 if the answer has the value of the gold answer, else 0.0."""
         gold, given = trim(task.answer), trim(answer)
         if not given:
@@ -105,7 +106,9 @@ class MathDomain:
         if len(given) > MAX_ANSWER_CHARS or _other_base(gold, given):
             return 0.0
         equal = same_number(gold, given)
-        return float(self._verifier.equivalent(gold, given) if equal is None else equal)
+        if equal is None:  # up to seconds: other episodes go on meanwhile
+            equal = await asyncio.to_thread(self._verifier.equivalent, gold, given)
+        return float(equal)
 
 
 def _gold(row: Row) -> str | None:

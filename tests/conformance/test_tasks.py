@@ -1,5 +1,6 @@
 """What every task domain must do: above all, accept gold and reject perturbed gold."""
 
+import asyncio
 import json
 import re
 
@@ -64,15 +65,15 @@ def test_tasks_are_durable_and_know_their_domain(domain):
 
 def test_gold_is_right_and_perturbed_gold_is_wrong(domain):
     for task in tasks_of(domain):
-        assert domain.grade(task, task.answer) == 1.0
+        assert asyncio.run(domain.grade(task, task.answer)) == 1.0
         for answer in perturbed(task.answer):
-            assert domain.grade(task, answer) == 0.0, answer
+            assert asyncio.run(domain.grade(task, answer)) == 0.0, answer
 
 
 def test_an_odd_answer_is_wrong_and_not_an_error(domain):
     (task,) = tasks_of(domain)[:1]
     for answer in ("", " ", "\x00", "\ud800", "{" * 500, "9" * 5000, "9**9**9", "\U0001f600"):
-        assert domain.grade(task, answer) == 0.0
+        assert asyncio.run(domain.grade(task, answer)) == 0.0
 
 
 def test_no_text_breaks_the_extraction(domain):
@@ -86,6 +87,6 @@ def test_real_gold_is_right_and_perturbed_gold_is_wrong(shared, name):
     tasks = domain.load(split="test", first=0, count=None)
     for task in tasks[:: max(1, len(tasks) // NUM_SAMPLED)]:
         boxed = domain.extract(f"Thus the answer is $\\boxed{{{task.answer}}}$.")
-        assert domain.grade(task, boxed) == 1.0, task.answer
+        assert asyncio.run(domain.grade(task, boxed)) == 1.0, task.answer
         for answer in perturbed(task.answer):
-            assert domain.grade(task, answer) == 0.0, (task.answer, answer)
+            assert asyncio.run(domain.grade(task, answer)) == 0.0, (task.answer, answer)

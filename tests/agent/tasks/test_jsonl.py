@@ -1,5 +1,7 @@
 """The domain for any problem and answer."""
 
+import asyncio
+
 import pytest
 
 from agent.tasks.jsonl import JsonlDomain
@@ -24,7 +26,7 @@ DOMAIN = JsonlDomain("unused.jsonl")
 )
 def test_answers_are_compared_as_normal_text_or_numbers(gold, answer, grade):
     task = Task(task_id="t", domain="jsonl", prompt="p", answer=gold)
-    assert DOMAIN.grade(task, answer) == grade
+    assert asyncio.run(DOMAIN.grade(task, answer)) == grade
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The mathematics domain: reading gold answers, extracting, grading."""
 
+import asyncio
 import json
 import threading
 import time
@@ -46,7 +47,7 @@ def task(answer):
     ],
 )
 def test_the_same_value_in_another_form_is_right(domain, gold, answer):
-    assert domain.grade(task(gold), answer) == 1.0
+    assert asyncio.run(domain.grade(task(gold), answer)) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_the_same_value_in_another_form_is_right(domain, gold, answer):
     ],
 )
 def test_another_value_is_wrong(domain, gold, answer):
-    assert domain.grade(task(gold), answer) == 0.0
+    assert asyncio.run(domain.grade(task(gold), answer)) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -89,14 +90,16 @@ def test_another_value_is_wrong(domain, gold, answer):
 )
 def test_a_hostile_answer_is_wrong_and_the_next_one_is_judged(domain, hostile):
     started = time.monotonic()
-    assert domain.grade(task(r"\frac{1}{2}"), hostile) == 0.0
-    assert domain.grade(task(r"\frac{1}{2}"), r"\frac{2}{4}") == 1.0
+    assert asyncio.run(domain.grade(task(r"\frac{1}{2}"), hostile)) == 0.0
+    assert asyncio.run(domain.grade(task(r"\frac{1}{2}"), r"\frac{2}{4}")) == 1.0
     assert time.monotonic() - started < 60
 
 
 def test_grading_works_outside_the_main_thread(domain):
     verdicts = []
-    thread = threading.Thread(target=lambda: verdicts.append(domain.grade(task("2k+2"), "2(k+1)")))
+    thread = threading.Thread(
+        target=lambda: verdicts.append(asyncio.run(domain.grade(task("2k+2"), "2(k+1)")))
+    )
     thread.start()
     thread.join()
     assert verdicts == [1.0]
