@@ -1,20 +1,34 @@
 """What runs untrusted code: sessions whose states form a tree of nodes.
 
-Every successful or failed run adds a node; a node can be run from again or branched. A backend
-that cannot keep states alive restores them by replaying the codes on the path to the node.
+Every run that ends by itself adds a node; a node can be run from again or branched. A backend
+keeps some states alive and restores the others by replaying the codes on the path to the node,
+each checked against what it did the first time.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal, Protocol
+
+from trajectory.errors import InputError
 
 
 class SandboxError(Exception):
     """The sandbox itself broke (not the code in it)."""
 
 
-Status = Literal["ok", "error", "timeout", "memory", "crash", "output_limit"]
+class ReplayDiverged(SandboxError):
+    """A cell gave another result when it was replayed, so its state cannot be restored."""
+
+
+Status = Literal["ok", "error", "timeout", "crash", "output_limit"]
+"""How a run ended: by itself, with an exception, or by one of the limits."""
+
+Source = Literal["kernel", "runner"]
+"""Who says so. ``kernel``: clocks, signals and exit codes seen from outside. ``runner``: the
+process that ran the code, which hostile code may have made to lie about itself; nothing may be
+rewarded for a status from there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,11 +40,15 @@ class Limits:
     wall_s: float = 30.0
     """Wall-clock backstop, seconds."""
     memory_mb: int = 1024
-    """Address space, MiB."""
+    """Address space above that of an idle interpreter, MiB."""
     output_chars: int = 4000
     """Characters of stdout and of stderr kept; the middle is cut out with a marker."""
     file_mb: int = 16
     """Largest file the code may write, MiB."""
+    scratch_mb: int = 64
+    """All files of a session together, MiB, where the backend can hold that."""
+    threads: int = 32
+    """Threads of a session, where the backend can hold that."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,10 +58,11 @@ class Result:
     node: int
     """Id of the state after the run; after a time-out or crash, the state before it."""
     status: Status
+    source: Source
     stdout: str
     """Printed text, and the value of a final expression as a notebook echoes it."""
     stderr: str
-    """Traceback trimmed to the code's own frames, and printed errors."""
+    """Traceback trimmed to the code's own frames, printed errors, and how the interpreter died."""
     error: str | None
     """Exception class name, or the status for a limit; None when ``ok``."""
     cpu_s: float
@@ -60,6 +79,8 @@ class Session(Protocol):
         ------
         SandboxError
             If the sandbox broke.
+        ValueError
+            If there is no such node.
         """
         ...
 
@@ -79,10 +100,49 @@ class Sandbox(Protocol):
     isolation: str
     """``none`` for the unsafe backend; stamped into trajectories and manifests."""
 
-    async def open(self, limits: Limits, seed: int) -> Session:
-        """Start a session with an empty state."""
+    async def open(self, limits: Limits, seed: int, *, retain: str = "last") -> Session:
+        """Start a session with an empty state.
+
+        Parameters
+        ----------
+        limits : Limits
+            Bounds of every run.
+        seed : int
+            Fixes string hashing, ``random`` and ``numpy.random``.
+        retain : str, default="last"
+            Which states stay alive: ``last`` (one episode), ``all`` (every state will be branched)
+            or ``lru:N``. Others are restored by replay when they are asked for.
+
+        Raises
+        ------
+        SandboxError
+            If it cannot be started.
+        InputError
+            If ``retain`` is none of these, or a limit is one the backend cannot hold.
+        """
         ...
 
     async def close(self) -> None:
         """End every session."""
         ...
+
+
+def states_kept(retain: str) -> int | None:
+    """Return how many states a retention keeps alive; None for all.
+
+    Raises
+    ------
+    InputError
+        If it is none of ``last``, ``all`` and ``lru:N`` with N >= 1.
+
+    Examples
+    --------
+    >>> states_kept("last"), states_kept("lru:8"), states_kept("all")
+    (1, 8, None)
+    """
+    if retain in ("last", "all"):
+        return 1 if retain == "last" else None
+    found = re.fullmatch(r"lru:([1-9]\d*)", retain)
+    if found is None:
+        raise InputError(f"unknown retention {retain!r}; valid: last, all, lru:N with N >= 1")
+    return int(found[1])

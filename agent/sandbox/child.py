@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agent.processes import CHILD_ENVIRONMENT, cpu_seconds, end_group, has_ended
-from agent.sandbox.base import Limits, SandboxError, Status
+from agent.sandbox.base import Limits, SandboxError, Source, Status
 from agent.sandbox.output import Capture
 
 if TYPE_CHECKING:
@@ -51,6 +51,11 @@ class Outcome:
     stderr: str
     cpu_s: float
     wall_s: float
+
+    @property
+    def source(self) -> Source:
+        """Who says so: the child of its own runs, the kernel of everything that ended them."""
+        return "runner" if self.status in ("ok", "error") else "kernel"
 
 
 class Child:
@@ -197,7 +202,6 @@ class Child:
         if frame.pop("token", None) != token or frame.get("status") not in (
             "ok",
             "error",
-            "memory",
         ):
             raise ProtocolError("a reply that answers nothing")
         return frame
@@ -254,8 +258,6 @@ class Child:
     @staticmethod
     def _read_reply(frame: dict[str, object]) -> tuple[Status, str | None]:
         """Turn a reply into a status."""
-        if frame["status"] == "memory":
-            return "memory", "memory"
         error = frame.get("error")
         status: Status = "ok" if frame["status"] == "ok" else "error"
         return status, None if error is None else str(error)[:80]

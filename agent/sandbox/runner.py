@@ -28,7 +28,6 @@ from ast import Expr, Expression, parse
 from ast import __file__ as ast_file
 from builtins import (  # noqa: UP029  (bound against code that overwrites them)
     BaseException,
-    MemoryError,
     SystemExit,
     compile,
     eval,
@@ -157,7 +156,7 @@ def run_cell(code: str, number: int, names: dict[str, object]) -> tuple[str, str
             report(error)
         except BaseException:  # an exception whose own text raises, or overwritten modules
             write(2, f"{name}\n".encode(errors="backslashreplace"))
-        return ("memory" if isinstance(error, MemoryError) else "error"), name
+        return "error", name
     return "ok", None
 
 

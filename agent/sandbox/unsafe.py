@@ -19,37 +19,18 @@ run again in a fresh child, and each must give the output it gave before.
 from __future__ import annotations
 
 import asyncio
-import re
-from dataclasses import dataclass
 
-from agent.sandbox.base import Limits, Result, SandboxError
-from agent.sandbox.child import Child, Outcome
-
-_ADDRESS = re.compile(r"\b0x[0-9a-f]{6,16}\b")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Node:
-    """A state: the code that led to it from its parent, and what that code was seen to do."""
-
-    parent: int
-    code: str
-    seen: tuple[str, str | None, str]
-
-
-def _fingerprint(outcome: Outcome) -> tuple[str, str | None, str]:
-    """Return what a replay has to reproduce; memory addresses may differ."""
-    return outcome.status, outcome.error, _ADDRESS.sub("0x", outcome.stdout)
+from agent.sandbox.base import Limits, Result, SandboxError, states_kept
+from agent.sandbox.child import Child
+from agent.sandbox.history import History, check_replay
 
 
 class UnsafeSession:
     """One notebook: at most one live child, and the tree of codes that can rebuild any state."""
 
-    def __init__(
-        self, sandbox: UnsafeSandbox, limits: Limits, seed: int, nodes: tuple[_Node | None, ...]
-    ) -> None:
+    def __init__(self, sandbox: UnsafeSandbox, limits: Limits, seed: int, history: History) -> None:
         self._sandbox, self._limits, self._seed = sandbox, limits, seed
-        self._nodes = list(nodes)  # index = node id; node 0 is the empty state and has no record
+        self._history = history
         self._latest = 0
         self._child: Child | None = None
         self._child_node = 0
@@ -67,22 +48,22 @@ class UnsafeSession:
         if self._closed:
             raise SandboxError("the session is closed")
         async with self._lock, self._sandbox.slot():
-            node = self._checked(self._latest if at is None else at)
+            node = self._history.checked(self._latest if at is None else at)
             try:
                 child = await self._child_at(node)
-                outcome = await child.run(code, len(self._nodes))
+                outcome = await child.run(code, len(self._history))
             except BaseException:  # cancelled or broken: the child's state is unknown
                 self._end_child()
                 raise
             if outcome.status in ("ok", "error"):
-                self._nodes.append(_Node(parent=node, code=code, seen=_fingerprint(outcome)))
-                node = self._child_node = len(self._nodes) - 1
+                node = self._child_node = self._history.add(node, code, outcome)
             else:
                 self._end_child()
             self._latest = node
         return Result(
             node=node,
             status=outcome.status,
+            source=outcome.source,
             stdout=outcome.stdout,
             stderr=outcome.stderr,
             error=outcome.error,
@@ -92,9 +73,9 @@ class UnsafeSession:
 
     async def branch(self, node: int | None = None) -> UnsafeSession:
         """Return an independent session in the state ``node``, rebuilt at its first run."""
-        start = self._checked(self._latest if node is None else node)
+        start = self._history.checked(self._latest if node is None else node)
         copy = self._sandbox.adopt(
-            UnsafeSession(self._sandbox, self._limits, self._seed, tuple(self._nodes))
+            UnsafeSession(self._sandbox, self._limits, self._seed, self._history.copy())
         )
         copy._latest = start
         return copy
@@ -104,12 +85,6 @@ class UnsafeSession:
         self._closed = True
         self._end_child()
         self._sandbox.forget(self)
-
-    def _checked(self, node: int) -> int:
-        """Return ``node`` if it exists."""
-        if not 0 <= node < len(self._nodes):
-            raise ValueError(f"no node {node}: this session has 0 to {len(self._nodes) - 1}")
-        return node
 
     def _end_child(self) -> None:
         """End the live child, if any."""
@@ -125,23 +100,10 @@ class UnsafeSession:
         self._end_child()
         child = self._child = Child(self._limits, self._seed)
         await child.ready()
-        for number, step in self._path(node):
-            outcome = await child.run(step.code, number)
-            if _fingerprint(outcome) != step.seen:
-                raise SandboxError(
-                    f"cell {number} gave another result when it was replayed "
-                    f"({outcome.status}, then {step.seen[0]}): its state cannot be restored"
-                )
+        for number, cell in self._history.path(node):
+            check_replay(number, cell, await child.run(cell.code, number))
         self._child_node = node
         return child
-
-    def _path(self, node: int) -> list[tuple[int, _Node]]:
-        """Return the nodes from the first cell to ``node``."""
-        path = []
-        while (record := self._nodes[node]) is not None:
-            path.append((node, record))
-            node = record.parent
-        return path[::-1]
 
 
 class UnsafeSandbox:
@@ -160,9 +122,13 @@ class UnsafeSandbox:
         self._sessions: set[UnsafeSession] = set()
         self._slots: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
 
-    async def open(self, limits: Limits, seed: int) -> UnsafeSession:
-        """Return a session in the empty state; its child starts at the first run."""
-        return self.adopt(UnsafeSession(self, limits, seed, (None,)))
+    async def open(self, limits: Limits, seed: int, *, retain: str = "last") -> UnsafeSession:
+        """Return a session in the empty state; its child starts at the first run.
+
+        The latest state alone stays alive, whatever ``retain`` asks for.
+        """
+        states_kept(retain)
+        return self.adopt(UnsafeSession(self, limits, seed, History()))
 
     async def close(self) -> None:
         """End every session."""

@@ -89,7 +89,7 @@ def observation_text(result: Result, limits: Limits) -> str:
 
     Examples
     --------
-    >>> rest = {"node": 0, "stderr": "", "wall_s": 6.0}
+    >>> rest = {"node": 0, "source": "kernel", "stderr": "", "wall_s": 6.0}
     >>> result = Result(status="timeout", stdout="1", error="timeout", cpu_s=5.0, **rest)
     >>> print(observation_text(result, Limits()))
     1
@@ -99,7 +99,6 @@ def observation_text(result: Result, limits: Limits) -> str:
     limit = f"{limits.cpu_s:g} s of CPU time" if over_cpu else f"{limits.wall_s:g} s"
     notes = {
         "timeout": f"timed out: {limit}",
-        "memory": f"out of memory: the limit is {limits.memory_mb} MiB",
         "crash": "the interpreter died",
         "output_limit": "stopped: too much output",
     }

@@ -40,10 +40,10 @@ HOSTILE = [
 
 ENDINGS = {
     "ok": {"ok"},
-    "error": {"error", "memory", "output_limit"},
+    "error": {"error", "output_limit"},
     "timeout": {"timeout"},
     "killed": {"crash"},
-    "contained": {"ok", "error", "timeout", "memory", "crash", "output_limit"},
+    "contained": {"ok", "error", "timeout", "crash", "output_limit"},
 }
 
 
