@@ -11,6 +11,7 @@ from agent.chat import ChatFormat, ChatKind
 from agent.engines import build_engine
 from agent.engines.base import Engine, EngineOptions
 from agent.episode import Agent, EpisodeLimits
+from agent.sandbox import AUTO, SandboxProvider
 from agent.tasks import parse_tasks
 from agent.tasks.base import Split
 from agent.tools import build_tools, tools_hash
@@ -55,8 +56,10 @@ class AgentConfig:
     """auto, cpu, cuda, cuda:1 ..."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the policy; auto is float32 on CPU and bfloat16 on GPU."""
+    sandbox: str = AUTO
+    """Where code of the policy runs: auto (the strongest this machine offers) or a backend."""
     allow_unsafe_tools: bool = False
-    """Accept tools that run code without isolation on this machine."""
+    """Accept a sandbox that runs code without isolation on this machine."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "max_turn_tokens", "max_context", "concurrency"):
@@ -93,6 +96,11 @@ def load_tasks(config: AgentConfig) -> list[Task]:
     return tasks
 
 
+def sandbox_of(config: AgentConfig) -> SandboxProvider:
+    """Return the provider of the sandbox that a config names."""
+    return SandboxProvider(config.sandbox, allow_unsafe=config.allow_unsafe_tools)
+
+
 def _isolation(tools: Sequence[Tool]) -> str:
     """Return the isolation of the sandbox behind the tools, empty if none runs code."""
     found = {str(getattr(tool, "isolation", "")) for tool in tools} - {""}
@@ -110,10 +118,9 @@ async def open_agent(config: AgentConfig, *, engine: Engine | None = None) -> As
     engine : Engine, optional
         Use this engine and leave it open, instead of making one.
     """
-    domain = parse_tasks(config.tasks)
-    tools = build_tools(
-        config.tools or domain.default_tools, allow_unsafe=config.allow_unsafe_tools
-    )
+    sandbox = sandbox_of(config)
+    domain = parse_tasks(config.tasks, sandbox)
+    tools = build_tools(config.tools or domain.default_tools, sandbox)
     chat = ChatFormat.load(config.policy, tools=tools, kind=config.chat_format)
     made = engine or build_engine(
         config.engine,
@@ -140,5 +147,6 @@ async def open_agent(config: AgentConfig, *, engine: Engine | None = None) -> As
             isolation=_isolation(tools),
         )
     finally:
+        await sandbox.close()
         if engine is None:
             await made.close()

@@ -14,7 +14,7 @@ from rich.table import Table
 from agent.engines import ENGINES
 from agent.engines.base import Engine
 from agent.episode import Agent
-from agent.setup import AgentConfig, load_tasks, open_agent
+from agent.setup import AgentConfig, load_tasks, open_agent, sandbox_of
 from agent.tasks import parse_tasks
 from agent.tools import build_tools
 from agent.tools.base import SideEffect
@@ -133,9 +133,9 @@ def label(config: LabelConfig, *, engine: Engine | None = None) -> LabelReport:
 
 def _check_inputs(config: LabelConfig) -> list[Task]:
     """Refuse bad input before a folder is made, and return the tasks to sample for."""
-    domain = parse_tasks(config.agent.tasks)
-    tools = config.agent.tools or domain.default_tools
-    build_tools(tools, allow_unsafe=config.agent.allow_unsafe_tools)
+    sandbox = sandbox_of(config.agent)
+    domain = parse_tasks(config.agent.tasks, sandbox)
+    build_tools(config.agent.tools or domain.default_tools, sandbox)
     if config.agent.engine not in ENGINES:
         raise InputError(
             f"unknown engine {config.agent.engine!r}: choose one of {', '.join(ENGINES)}"

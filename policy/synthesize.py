@@ -18,6 +18,7 @@ from fractions import Fraction
 from pathlib import Path
 from random import Random
 
+from agent.sandbox import AUTO, SandboxProvider
 from agent.tasks import parse_tasks
 from agent.tasks.arithmetic import TOOL, ArithmeticDomain
 from agent.tasks.arithmetic_demonstrator import Weakness, demonstrate
@@ -79,8 +80,10 @@ class SynthesizeConfig:
     """Instructions an agent gets before every problem; the domain's own when not given."""
     seed: int = 0
     """Fixes the slips."""
+    sandbox: str = AUTO
+    """Where code runs: auto (the strongest this machine offers) or a backend."""
     allow_unsafe_tools: bool = False
-    """Accept tools that run code without isolation on this machine."""
+    """Accept a sandbox that runs code without isolation on this machine."""
 
     def __post_init__(self) -> None:
         for name in ("slip", "contrast", "recovery"):
@@ -157,13 +160,14 @@ def synthesize(config: SynthesizeConfig) -> Path:
         domain.system_prompt = config.system_prompt
     _check(config, domain)
     names = (config.tool,) if config.tool else domain.default_tools[:1]
-    (tool,) = build_tools(names, allow_unsafe=config.allow_unsafe_tools)
+    sandbox = SandboxProvider(config.sandbox, allow_unsafe=config.allow_unsafe_tools)
+    (tool,) = build_tools(names, sandbox)
     tasks = domain.load(split=config.split, first=config.first_task, count=config.num_tasks)
     if not tasks:
         raise InputError(f"{config.tasks!r} gives no task in split {config.split!r}")
     path = config.out / TRAJECTORIES
     with open_run(config.out, kind="synthesize", config=config_dict(config)) as run:
-        counts = asyncio.run(_write(config, domain, tool, tasks, path))
+        counts = asyncio.run(_act(config, domain, tool, tasks, path, sandbox))
         run.finish(counts)
     if not counts["written"]:
         raise InputError(f"no demonstration was left of {len(tasks)} tasks: {dict(counts)}")
@@ -191,6 +195,21 @@ def _weakness(config: SynthesizeConfig) -> Weakness:
         contrast=default.contrast if config.contrast is None else config.contrast,
         recovery=default.recovery if config.recovery is None else config.recovery,
     )
+
+
+async def _act(
+    config: SynthesizeConfig,
+    domain: TaskDomain,
+    tool: Tool,
+    tasks: Sequence[Task],
+    path: Path,
+    sandbox: SandboxProvider,
+) -> Counter[str]:
+    """Write the demonstrations and end the sandbox."""
+    try:
+        return await _write(config, domain, tool, tasks, path)
+    finally:
+        await sandbox.close()
 
 
 async def _write(

@@ -23,7 +23,7 @@ from accelerate import Accelerator, DistributedType
 from transformers import AutoConfig, AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 from agent.chat import ChatFormat, ChatKind
-from agent.tools import build_tools
+from agent.tools import tool_schemas
 from policy.synthesize import SYSTEM, TRAJECTORIES
 from policy.tiny import make_model, make_tokenizer
 from policy.warmup_data import (
@@ -219,8 +219,7 @@ def _chat(config: WarmupConfig, trajectories: Sequence[Trajectory]) -> ChatForma
             f"the trajectories of {config.data} were made with different tools {sorted(offered)}: "
             "a policy is warmed up for one set; split the file"
         )
-    # Only the schemas are read here: nothing is executed, so isolation does not matter.
-    tools = build_tools(offered.pop(), allow_unsafe=True)
+    tools = tool_schemas(offered.pop())
     if config.model == TINY:
         return ChatFormat(make_tokenizer(), tools)
     return ChatFormat.load(config.model, tools=tools, kind=config.chat_format)

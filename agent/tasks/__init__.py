@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
+from agent.sandbox import SandboxProvider
 from agent.tasks.base import TaskDomain
 from agent.tasks.jsonl import JsonlDomain
 from agent.tasks.math import MathDomain
@@ -21,36 +22,37 @@ def _options(text: str) -> Mapping[str, str]:
     return options
 
 
-def _arithmetic(rest: str) -> TaskDomain:
+def _arithmetic(rest: str, sandbox: SandboxProvider) -> TaskDomain:
     """Make the generated word problems."""
     from agent.tasks.arithmetic import ArithmeticDomain
 
     return ArithmeticDomain.from_options(_options(rest))
 
 
-def _math(rest: str) -> TaskDomain:
+def _math(rest: str, sandbox: SandboxProvider) -> TaskDomain:
     """Make the mathematics problems of a file or data set."""
     if not rest:
         raise InputError("'math' needs a source: write math:FILE.jsonl or math:hf:OWNER/NAME")
     return MathDomain(rest)
 
 
-def _jsonl(rest: str) -> TaskDomain:
+def _jsonl(rest: str, sandbox: SandboxProvider) -> TaskDomain:
     """Make the problems of any file."""
     if not rest:
         raise InputError("'jsonl' needs a file: write jsonl:FILE.jsonl or FILE.jsonl")
     return JsonlDomain(rest)
 
 
-DOMAINS: dict[str, Callable[[str], TaskDomain]] = {
+DOMAINS: dict[str, Callable[[str, SandboxProvider], TaskDomain]] = {
     "arithmetic": _arithmetic,
     "math": _math,
     "jsonl": _jsonl,
 }
-"""Domain makers by name; the argument is what follows ``name:`` in a specification."""
+"""Domain makers by name, given what follows ``name:`` in a specification and the sandbox for
+checkers that run code."""
 
 
-def parse_tasks(spec: str) -> TaskDomain:
+def parse_tasks(spec: str, sandbox: SandboxProvider | None = None) -> TaskDomain:
     """Make the domain a specification names.
 
     Parameters
@@ -58,6 +60,8 @@ def parse_tasks(spec: str) -> TaskDomain:
     spec : str
         ``arithmetic``, ``arithmetic:operations=2-6,distractors=1``, ``math:FILE.jsonl``,
         ``math:hf:OWNER/NAME``, or ``FILE.jsonl``.
+    sandbox : SandboxProvider, optional
+        Where checkers that run code run it; default: the strongest backend of this machine.
 
     Raises
     ------
@@ -71,7 +75,7 @@ def parse_tasks(spec: str) -> TaskDomain:
     """
     name, _, rest = spec.partition(":")
     if name in DOMAINS:
-        return DOMAINS[name](rest)
+        return DOMAINS[name](rest, sandbox or SandboxProvider())
     if spec.endswith(".jsonl"):
         return JsonlDomain(spec)
     names = ", ".join(sorted(DOMAINS))

@@ -4,42 +4,58 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 
-from agent.sandbox import build_sandbox
+from agent.sandbox import SandboxProvider
 from agent.tools.base import Tool, schema
 from agent.tools.calculator import CalculatorTool
 from agent.tools.python import PythonTool
 from trajectory.errors import InputError
 
 
-def _calculator(allow_unsafe: bool) -> Tool:
+def _calculator(sandbox: SandboxProvider) -> Tool:
     """Make the calculator, which runs nothing."""
     return CalculatorTool()
 
 
-def _python(allow_unsafe: bool) -> Tool:
-    """Make the Python tool in the sandbox this machine offers."""
-    return PythonTool(build_sandbox("unsafe", allow_unsafe=allow_unsafe))
+def _python(sandbox: SandboxProvider) -> Tool:
+    """Make the Python tool."""
+    return PythonTool(sandbox())
 
 
-TOOLS: dict[str, Callable[[bool], Tool]] = {"calculator": _calculator, "python": _python}
-"""Tool makers by name; the argument says whether the user accepts missing isolation."""
+TOOLS: dict[str, Callable[[SandboxProvider], Tool]] = {
+    "calculator": _calculator,
+    "python": _python,
+}
+"""Tool makers by name; those that run code ask the argument for the sandbox."""
 
 
-def build_tools(names: Sequence[str], *, allow_unsafe: bool) -> tuple[Tool, ...]:
+def build_tools(names: Sequence[str], sandbox: SandboxProvider | None = None) -> tuple[Tool, ...]:
     """Make the named tools, in the order given.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Rows of `TOOLS`.
+    sandbox : SandboxProvider, optional
+        Where tools that run code run it; the caller closes it. Default: the strongest backend
+        of this machine.
 
     Raises
     ------
     InputError
-        If a name is unknown or given twice, or a tool needs isolation that is not there and
-        ``allow_unsafe`` is False.
+        If a name is unknown or given twice, or the sandbox a tool needs cannot be had.
     """
     for name in names:
         if name not in TOOLS:
             raise InputError(f"unknown tool {name!r}; valid names: {', '.join(sorted(TOOLS))}")
     if len(set(names)) != len(names):
         raise InputError(f"a tool is named twice in {', '.join(names)}; name each once")
-    return tuple(TOOLS[name](allow_unsafe) for name in names)
+    provider = sandbox or SandboxProvider()
+    return tuple(TOOLS[name](provider) for name in names)
+
+
+def tool_schemas(names: Sequence[str]) -> tuple[Tool, ...]:
+    """Make the named tools for their schemas alone: nothing is run, so no isolation is needed."""
+    return build_tools(names, SandboxProvider("unsafe", allow_unsafe=True))
 
 
 def tools_hash(tools: Sequence[Tool]) -> str:
@@ -47,7 +63,7 @@ def tools_hash(tools: Sequence[Tool]) -> str:
 
     Examples
     --------
-    >>> tools_hash(()) == tools_hash(build_tools(["calculator"], allow_unsafe=False))
+    >>> tools_hash(()) == tools_hash(build_tools(["calculator"]))
     False
     """
     schemas = json.dumps([schema(tool) for tool in tools], sort_keys=True, separators=(",", ":"))

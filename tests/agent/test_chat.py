@@ -5,12 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.chat import BadCall, ChatFormat, parse_calls
+from agent.sandbox import SandboxProvider
 from agent.tools import build_tools
 from trajectory.errors import InputError
 from trajectory.formats import format_call
 from trajectory.records import ToolCall
 
-CALCULATOR = build_tools(["calculator"], allow_unsafe=False)
+UNSAFE = SandboxProvider("unsafe", allow_unsafe=True)
+
+CALCULATOR = build_tools(["calculator"])
 CALL = ToolCall(name="calculator", arguments='{"expression": "1+2"}')
 
 
@@ -169,7 +172,7 @@ PYTHON = "Compute.\n```python\nprint(1)\n```"
 
 
 def test_a_code_turn_is_complete_at_its_closing_fence(byte_tokenizer):
-    chat = ChatFormat(byte_tokenizer, build_tools(["python"], allow_unsafe=True))
+    chat = ChatFormat(byte_tokenizer, build_tools(["python"], UNSAFE))
     ids = chat.turn_ids(PYTHON + "\n```output\n1\n```")
     complete = [n for n in range(1, len(ids)) if chat.call_complete(ids[:n])]
     assert chat.decode(ids[: complete[0]]) == PYTHON
@@ -177,7 +180,7 @@ def test_a_code_turn_is_complete_at_its_closing_fence(byte_tokenizer):
 
 @pytest.mark.parametrize("text", ["```text\nno code\n```", "use `x` and ```", "```python\nprint("])
 def test_other_fences_do_not_end_a_turn(byte_tokenizer, text):
-    chat = ChatFormat(byte_tokenizer, build_tools(["python"], allow_unsafe=True))
+    chat = ChatFormat(byte_tokenizer, build_tools(["python"], UNSAFE))
     ids = chat.turn_ids(text)[:-1]
     assert not any(chat.call_complete(ids[: n + 1]) for n in range(len(ids)))
 

@@ -17,12 +17,15 @@ from agent.episode import (
     run_episode,
     run_episodes,
 )
+from agent.sandbox import SandboxProvider
 from agent.tasks import parse_tasks
 from agent.tools import build_tools, tools_hash
 from agent.tools.base import SideEffect, ToolFailure
 from trajectory.errors import InputError
 from trajectory.formats import format_call
 from trajectory.records import Sampling, StopReason, Task, ToolCall
+
+UNSAFE = SandboxProvider("unsafe", allow_unsafe=True)
 
 TASK = Task(task_id="t", domain="jsonl", prompt="What is (2+3)*4?", answer="20")
 END = "<|im_end|>"
@@ -46,7 +49,7 @@ def make_agent(byte_tokenizer, tmp_path):
 
     def make(script, *, tools=("calculator",), faults=None, **limits):
         built = tools if not tools or not isinstance(tools[0], str) else None
-        built = built or build_tools(tools, allow_unsafe=True)
+        built = built or build_tools(tools, UNSAFE)
         return Agent(
             engine=ScriptedEngine(script, codec=byte_tokenizer, faults=faults, max_context=10_000),
             chat=ChatFormat(byte_tokenizer, built),

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 import pytest
 
+from agent.sandbox import SandboxProvider
 from agent.tools import TOOLS, build_tools
 from agent.tools.base import SideEffect, schema
 from trajectory.records import Observation, Task
+
+UNSAFE = SandboxProvider("unsafe", allow_unsafe=True)
 
 TASK = Task(task_id="t", domain="d", prompt="p", answer="a")
 
@@ -46,7 +49,7 @@ pytestmark = pytest.mark.parametrize("name", sorted(TOOLS))
 
 @asynccontextmanager
 async def opened(name, *, sessions=1):
-    (tool,) = build_tools([name], allow_unsafe=True)
+    (tool,) = build_tools([name], UNSAFE)
     made = [await tool.open(TASK, 0) for _ in range(sessions)]
     try:
         yield made
@@ -64,7 +67,7 @@ def call_all(name, calls):
 
 
 def test_the_schema_is_a_valid_function_schema(name):
-    (tool,) = build_tools([name], allow_unsafe=True)
+    (tool,) = build_tools([name], UNSAFE)
     function = schema(tool)["function"]
     assert function["name"] == name
     assert function["description"].endswith(".")
@@ -156,7 +159,7 @@ def test_sessions_share_no_state(name):
 
 def test_a_tool_with_state_says_so(name):
     example = EXAMPLES[name]
-    (tool,) = build_tools([name], allow_unsafe=True)
+    (tool,) = build_tools([name], UNSAFE)
     alone = call_all(name, example.calls[-1:])[0].content
     assert (tool.effect is SideEffect.PURE) == (alone == example.results[-1])
 

@@ -41,7 +41,7 @@ def run(lab, tmp_path, monkeypatch):
     def run(broken, *, effect=SideEffect.PURE, tasks=None, **changes):
         tool = FragileCalculator(broken)
         tool.effect = effect
-        monkeypatch.setitem(agent.tools.TOOLS, "calculator", lambda allow_unsafe: tool)
+        monkeypatch.setitem(agent.tools.TOOLS, "calculator", lambda sandbox: tool)
         settings = {"samples": 2, "rollouts": 4, **changes}
         config = LabelConfig(
             agent=agent_config(lab, concurrency=4, **({"tasks": str(tasks)} if tasks else {})),
