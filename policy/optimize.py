@@ -14,6 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
@@ -75,7 +76,10 @@ class OptimizeConfig:
     batch_tokens: int = 4096
     """Padded tokens of one forward pass of the trainer; bounds memory, changes nothing else."""
     lora_rank: int = 0
-    """Train LoRA adapters of this rank instead of all weights."""
+    """Rank of LoRA adapters to train; 0 trains all weights."""
+    precision: Literal["auto", "bfloat16"] = "auto"
+    """Of the trainer's forward passes: auto is the sampler's own; bfloat16 is faster where the
+    processor has it, and only nearly the sampler's. Weights stay as they are."""
     save_every: int = 10
     """Steps between checkpoints."""
     track: TrackerKind = "jsonl"
@@ -263,6 +267,7 @@ async def _loop(shop: _Workshop, start: int) -> None:
         epochs=config.epochs,
         clip=(config.clip_low, config.clip_high),
         max_grad_norm=config.max_grad_norm,
+        bfloat16=config.precision == "bfloat16",
     )
     with (
         closing(make_tracker("jsonl", out=shop.out, name="optimize", config=settings)) as curves,

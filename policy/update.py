@@ -14,6 +14,7 @@ from torch import nn
 
 from policy.batch import MicroBatch, TokenRow, collate, micro_batches
 from policy.losses import LossStats, policy_loss
+from prm.model import autocast
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +30,8 @@ class UpdateOptions:
     """Optimizer steps on the same rows."""
     clip: tuple[float, float] = (0.2, 0.28)
     max_grad_norm: float = 1.0
+    bfloat16: bool = False
+    """Whether forward passes run in bfloat16; weights, gradients and the loss stay as they are."""
 
 
 def action_logprobs(
@@ -117,7 +120,10 @@ def update_policy(
         stats, loss_sum = LossStats(), 0.0
         optimizer.zero_grad(set_to_none=True)
         for index, batch in enumerate(batches):
-            logprobs_N, entropy_N = action_logprobs(model, batch, temperature=options.temperature)
+            with autocast(device, options.bfloat16):
+                logprobs_N, entropy_N = action_logprobs(
+                    model, batch, temperature=options.temperature
+                )
             if epoch == 0:  # no weight has changed yet: these are the step's own starting point
                 old_logprobs.append(logprobs_N.detach())
             loss, part = policy_loss(

@@ -252,3 +252,19 @@ def test_the_gradient_norm_is_bounded():
     after, metrics = updated(rows, max_grad_norm=1e-3)
     assert metrics["gradient_norm"] > 1e-3
     assert (after - start).norm().item() == pytest.approx(0.5e-3, rel=1e-2)
+
+
+def test_bfloat16_passes_give_nearly_the_same_step_and_leave_the_weights_in_float32():
+    def moved(bfloat16):
+        model = tiny_model()
+        start = torch.cat([p.detach().flatten() for p in model.parameters()])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        metrics = update_policy(model, optimizer, random_rows(7, 6), options(bfloat16=bfloat16))
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        return torch.cat([p.detach().flatten() for p in model.parameters()]) - start, metrics
+
+    exact, _ = moved(bfloat16=False)
+    rounded, metrics = moved(bfloat16=True)
+    assert not torch.equal(exact, rounded)
+    assert torch.cosine_similarity(exact, rounded, dim=0) > 0.999
+    assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-6)  # old values come from the same pass
