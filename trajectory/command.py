@@ -3,8 +3,9 @@
 ``NAME COMMAND --flag value`` fills the command's dataclass (flags, defaults and help texts come
 from its fields); ``--config FILE.yaml`` fills the same dataclass, and flags override the file.
 Exit codes: 0 done, 1 the machine is at fault (disk full, no permission, out of memory, missing
-optional package), 2 bad input, 130 interrupted. These end in one sentence on standard error;
-anything unexpected keeps its traceback.
+optional package), 2 bad input, 130 interrupted, 143 terminated. These end in one sentence on
+standard error; anything unexpected keeps its traceback. SIGTERM ends a command the way Ctrl-C does:
+work is saved and the engine's processes end too.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ import errno
 import importlib
 import io
 import os
+import signal
 import sys
+import threading
 import traceback
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from trajectory.errors import InputError
@@ -62,17 +66,47 @@ def main(name: str, commands: Mapping[str, Command]) -> None:
         In the order of the help text.
     """
     quiet_libraries()
+    terminations: list[int] = []
     try:
-        _run(name, commands, sys.argv[1:])
+        with _terminating_like_ctrl_c(terminations):
+            _run(name, commands, sys.argv[1:])
     except InputError as error:
         _fail(name, str(error), 2)
     except KeyboardInterrupt:
-        _fail(name, "interrupted; run the same command again to resume", 130)
+        how, code = ("terminated", 143) if terminations else ("interrupted", 130)
+        _fail(name, f"{how}; run the same command again to resume", code)
     except Exception as error:
         sentence = _machine_fault(error)
         if sentence is None:
             raise
         _fail(name, sentence, 1)
+
+
+@contextmanager
+def _terminating_like_ctrl_c(terminations: list[int]) -> Iterator[None]:
+    """Pass SIGTERM to whoever handles Ctrl-C at that moment, and note it in the list."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:  # a forked child: end as it would have without this handler
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        terminations.append(number)
+        handler = signal.getsignal(signal.SIGINT)
+        if callable(handler):
+            handler(signal.SIGINT, frame)
+        else:  # Ctrl-C is ignored, as in the background of a script; SIGTERM never is
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, forward)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def quiet_libraries() -> None:

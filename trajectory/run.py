@@ -2,8 +2,9 @@
 
 A folder belongs to one run: one kind of command with one configuration and the same inputs. The
 same command again resumes it; anything else is refused. ``manifest.json`` is replaced as a whole,
-so it is readable at any moment. The lock is held by the kernel for the life of the process, so
-not even ``kill -9`` leaves it behind.
+so it is readable at any moment. A new run that is refused before it wrote anything takes its
+manifest back, so that the corrected command may use the folder. The lock is held by the kernel for
+the life of the process, so not even ``kill -9`` leaves it behind.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from trajectory.errors import InputError
 from trajectory.records import JsonValue
 
 MANIFEST = "manifest.json"
+_LOCK = ".lock"
 SCHEMA_VERSION = "1.0"
 """``major.minor`` of manifest and records; other majors are refused."""
 
@@ -81,11 +83,14 @@ class Manifest:
 class RunFolder:
     """A locked run folder; use as a context manager, which releases the lock."""
 
-    def __init__(self, path: Path, manifest: Manifest, *, resumed: bool, lock: int) -> None:
+    def __init__(
+        self, path: Path, manifest: Manifest, *, resumed: bool, created: bool, lock: int
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self.resumed = resumed
         """Whether an earlier start of the same run left work here."""
+        self._created = created
         self._lock: int | None = lock
 
     def finish(self, counts: Mapping[str, int]) -> None:
@@ -102,6 +107,18 @@ class RunFolder:
         self.manifest = manifest
         _write_manifest(self.path, manifest)
 
+    def _is_bare(self) -> bool:
+        """Tell whether this start began the run and left nothing but its own marks."""
+        names = {path.name for path in self.path.iterdir()}
+        return not self.resumed and names <= {MANIFEST, _LOCK}
+
+    def _withdraw(self) -> None:
+        """Take the run's own marks away, so that a corrected command may use the folder."""
+        (self.path / MANIFEST).unlink()
+        (self.path / _LOCK).unlink()
+        if self._created:
+            self.path.rmdir()
+
     def __enter__(self) -> Self:
         return self
 
@@ -112,7 +129,9 @@ class RunFolder:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            if error is not None and self.manifest.status == "running":
+            if isinstance(error, InputError) and self._is_bare():
+                self._withdraw()
+            elif error is not None and self.manifest.status == "running":
                 self._write(replace(self.manifest, status="interrupted"))
         except OSError:
             pass  # a full disk is what ended the block: its error is the one to report
@@ -166,6 +185,7 @@ def open_run(
         started=_now(),
     )
     _check_folder(out)
+    created = not out.exists()
     lock = _lock_folder(out)
     try:
         _check_folder(out)
@@ -173,7 +193,7 @@ def open_run(
         if earlier is not None:
             _check_same(out, earlier, manifest)
             manifest = replace(manifest, started=earlier.started, starts=earlier.starts + 1)
-        run = RunFolder(out, manifest, resumed=earlier is not None, lock=lock)
+        run = RunFolder(out, manifest, resumed=earlier is not None, created=created, lock=lock)
         _write_manifest(out, manifest)
     except BaseException:
         os.close(lock)
@@ -274,16 +294,19 @@ def _check_folder(out: Path) -> None:
 
 def _lock_folder(out: Path) -> int:
     """Take the folder's lock; the descriptor holds it."""
-    out.mkdir(parents=True, exist_ok=True)
-    lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise InputError(
-            f"another process is writing to {out}: wait for it, stop it, or give another folder"
-        ) from None
-    return lock
+    while True:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise InputError(
+                f"another process is writing to {out}: wait for it, stop it, or give another folder"
+            ) from None
+        if os.fstat(lock).st_nlink:
+            return lock
+        os.close(lock)  # a run that was refused removed the file between opening and locking
 
 
 def _check_same(out: Path, earlier: Manifest, now: Manifest) -> None:

@@ -75,15 +75,21 @@ def test_kill_9_at_any_moment_loses_and_doubles_nothing(lab, finished, tmp_path,
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_in_one_sentence_and_a_resumable_folder(lab, finished, tmp_path, start):
+@pytest.mark.parametrize(
+    ("number", "code", "how"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_ctrl_c_and_sigterm_end_in_one_sentence_and_a_resumable_folder(
+    lab, finished, tmp_path, start, number, code, how
+):
     out, errors = tmp_path / "labels", tmp_path / "errors"
     process = start(out, errors)
     wait_for_lines(out / "evidence.jsonl", 3, process)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, number)
     process.join(60)
     lines = errors.read_text().strip().splitlines()
-    assert process.exitcode == 130, lines
-    assert lines[-1] == "prm: interrupted; run the same command again to resume"
+    assert process.exitcode == code, lines
+    assert lines[-1] == f"prm: {how}; run the same command again to resume"
     assert not any("Traceback" in line for line in lines)
     assert read_manifest(out).status == "interrupted"
     label(config(lab, out, samples=2), engine=WalkerEngine(lab / "policy"))

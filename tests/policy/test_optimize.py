@@ -227,12 +227,15 @@ def test_an_interrupted_and_killed_run_ends_with_exactly_the_weights_of_an_unint
     code = run_until(cut, lambda: saved(2), signal.SIGINT, folder=repository)
     assert code == 130
     assert read_manifest(cut.out).status == "interrupted"
+    code = run_until(cut, lambda: saved(4), signal.SIGTERM, folder=repository)
+    assert code == 143
+    assert read_manifest(cut.out).status == "interrupted"
     code = run_until(cut, lambda: saved(6), signal.SIGKILL, folder=repository)
     assert code == -signal.SIGKILL
     assert read_manifest(cut.out).status == "running"
     assert not (cut.out / "policy").exists()
     optimize(cut)
-    assert read_manifest(cut.out).starts == 3
+    assert read_manifest(cut.out).starts == 4
     assert same(weights(whole.out / "policy"), weights(cut.out / "policy"))
     columns = ("outcome", "loss", "entropy", "prm_last")
     curves = [

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -262,6 +263,87 @@ def test_unexpected_errors_keep_their_traceback(monkeypatch, error):
     monkeypatch.setattr(sys, "argv", ["prm", "label", "--tasks", "m", "--out", "o"])
     with pytest.raises(type(error)):
         main("prm", {"label": Command(Config, raising(error), "Label.")})
+
+
+WAITING = """
+import asyncio, multiprocessing, signal, sys, time
+from dataclasses import dataclass
+from trajectory.command import Command, main
+
+@dataclass(frozen=True)
+class Config:
+    kind: str
+
+async def wait():
+    try:
+        print("ready", flush=True)
+        await asyncio.sleep(60)
+    finally:
+        await asyncio.sleep(0)  # what cleans up may wait, too
+        print("saved", flush=True)
+
+def sleep(awake):
+    awake.set()
+    time.sleep(60)
+
+def run(config):
+    if config.kind == "async":
+        asyncio.run(wait())
+    if config.kind == "child":
+        fork = multiprocessing.get_context("fork")
+        awake = fork.Event()
+        child = fork.Process(target=sleep, args=(awake,))
+        child.start()
+        awake.wait()
+        child.terminate()
+        child.join()
+        print("child ended with", child.exitcode, flush=True)
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        print("saved", flush=True)
+
+main("prm", {"run": Command(Config, run, "Run.")})
+"""
+
+
+@pytest.mark.parametrize("ctrl_c", [signal.default_int_handler, signal.SIG_IGN])
+@pytest.mark.parametrize("kind", ["async", "plain"])
+def test_sigterm_cleans_up_as_ctrl_c_does_even_where_that_is_ignored(kind, ctrl_c):
+    code = f"import signal\nsignal.signal(signal.SIGINT, signal.{_name(ctrl_c)})\n{WAITING}"
+    process = _started(code, kind)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert out == "saved\n"
+    assert err == "prm: terminated; run the same command again to resume\n"
+    assert process.returncode == 143
+
+
+def test_a_forked_child_is_ended_by_sigterm_without_a_word():
+    process = _started(WAITING, "child")
+    assert process.stdout.readline() == f"child ended with {-signal.SIGTERM}\n"
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert err == "prm: interrupted; run the same command again to resume\n"
+    assert process.returncode == 130
+
+
+def _name(handler):
+    """Spell a handler of Ctrl-C in the signal module."""
+    return getattr(handler, "name", None) or handler.__name__
+
+
+def _started(code, kind):
+    """Start a program that waits to be ended."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "run", "--kind", kind],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_libraries_are_quiet_unless_the_user_asks():

@@ -1,5 +1,6 @@
 """Run folders: manifest, lock, resumption and refusal."""
 
+import fcntl
 import json
 import os
 import signal
@@ -133,6 +134,53 @@ def test_an_exception_marks_the_run_interrupted(tmp_path):
         raise KeyboardInterrupt
     assert read_manifest(tmp_path).status == "interrupted"
     finished_run(tmp_path)
+
+
+def refused_run(folder, **changes):
+    run = open_run(folder, kind="label", config=CONFIG | changes)
+    with pytest.raises(InputError, match="no such model"), run:
+        raise InputError("no such model")
+
+
+def test_a_new_run_that_is_refused_leaves_nothing_so_the_corrected_command_works(tmp_path):
+    refused_run(tmp_path / "deep" / "run", policy="wrong")
+    assert not (tmp_path / "deep" / "run").exists()
+    finished_run(tmp_path / "deep" / "run", policy="right")
+
+
+def test_a_refused_run_leaves_a_folder_that_was_there_before(tmp_path):
+    refused_run(tmp_path, policy="wrong")
+    assert list(tmp_path.iterdir()) == []
+    finished_run(tmp_path, policy="right")
+
+
+def test_a_refused_run_keeps_its_manifest_beside_work_that_was_done(tmp_path):
+    with pytest.raises(InputError), open_run(tmp_path, kind="label", config=CONFIG):
+        (tmp_path / "trajectories.jsonl").touch()
+        raise InputError("the tools stopped working")
+    assert read_manifest(tmp_path).status == "interrupted"
+
+
+def test_a_resumed_run_that_is_refused_keeps_its_manifest(tmp_path):
+    with pytest.raises(KeyboardInterrupt), open_run(tmp_path, kind="label", config=CONFIG):
+        raise KeyboardInterrupt
+    refused_run(tmp_path)
+    assert read_manifest(tmp_path).starts == 2
+
+
+def test_a_lock_on_a_file_that_was_removed_meanwhile_does_not_count(tmp_path, monkeypatch):
+    lock, removals = fcntl.flock, []
+
+    def remove_first(descriptor, operation):
+        lock(descriptor, operation)
+        if not removals:  # as a refused run does between the opening and the locking
+            removals.append(os.unlink(tmp_path / ".lock"))
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    with open_run(tmp_path, kind="label", config=CONFIG):
+        assert removals
+        with pytest.raises(InputError, match="another process is writing to"):
+            open_run(tmp_path, kind="label", config=CONFIG)
 
 
 def test_an_exception_after_finishing_leaves_it_finished(tmp_path):
