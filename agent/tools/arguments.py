@@ -38,3 +38,11 @@ def text_argument(arguments: Mapping[str, JsonValue], name: str) -> str | Observ
         content=f"Error: expected the argument {name!r} (a string), got {got}.",
         error="bad_arguments",
     )
+
+
+class Refused(Exception):
+    """A call that the state of a tool does not allow; ``problem`` names the class of mistake."""
+
+    def __init__(self, problem: str, reason: str) -> None:
+        super().__init__(reason)
+        self.problem = problem
