@@ -14,7 +14,7 @@ from agent.episode import Agent, EpisodeLimits
 from agent.sandbox import AUTO, SandboxProvider
 from agent.tasks import parse_tasks
 from agent.tasks.base import Split
-from agent.tools import build_tools, tools_hash
+from agent.tools import build_tools, check_tasks, tools_hash
 from agent.tools.base import Tool
 from trajectory.errors import InputError
 from trajectory.records import Sampling, Task
@@ -87,12 +87,14 @@ def load_tasks(config: AgentConfig) -> list[Task]:
     Raises
     ------
     InputError
-        If the source is unknown, missing, malformed or gives no task.
+        If the source is unknown, missing, malformed or gives no task, or a task lacks what a
+        tool needs.
     """
     domain = parse_tasks(config.tasks)
     tasks = list(domain.load(split=config.split, first=config.first_task, count=config.num_tasks))
     if not tasks:
         raise InputError(f"{config.tasks!r} gives no task in split {config.split!r}")
+    check_tasks(config.tools or domain.default_tools, tasks)
     return tasks
 
 

@@ -16,7 +16,7 @@ from agent.engines.base import Engine
 from agent.episode import Agent
 from agent.setup import AgentConfig, load_tasks, open_agent, sandbox_of
 from agent.tasks import parse_tasks
-from agent.tools import build_tools
+from agent.tools import build_tools, check_tasks
 from agent.tools.base import SideEffect
 from labeling.collect import Collector, Plan
 from labeling.estimators import ESTIMATORS, Truncated, label_steps
@@ -135,13 +135,16 @@ def _check_inputs(config: LabelConfig) -> list[Task]:
     """Refuse bad input before a folder is made, and return the tasks to sample for."""
     sandbox = sandbox_of(config.agent)
     domain = parse_tasks(config.agent.tasks, sandbox)
-    build_tools(config.agent.tools or domain.default_tools, sandbox)
+    tools = config.agent.tools or domain.default_tools
+    build_tools(tools, sandbox)
     if config.agent.engine not in ENGINES:
         raise InputError(
             f"unknown engine {config.agent.engine!r}: choose one of {', '.join(ENGINES)}"
         )
     if config.trajectories is not None:
         check_given(config.trajectories, domain.name)
+        given = read_jsonl(config.trajectories, Trajectory)
+        check_tasks(tools, (trajectory.task for trajectory in given))
         return []
     tasks = load_tasks(config.agent)
     if len({task.task_id for task in tasks}) < len(tasks):

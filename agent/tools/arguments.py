@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from trajectory.records import JsonValue, Observation
+
+_FENCE = re.compile(r"\s*```[A-Za-z0-9]*[ \t]*\n(.*?)\n?\s*```\s*", re.DOTALL)
 
 
 def text_schema(name: str, description: str) -> dict[str, JsonValue]:
@@ -46,3 +49,15 @@ class Refused(Exception):
     def __init__(self, problem: str, reason: str) -> None:
         super().__init__(reason)
         self.problem = problem
+
+
+def unfenced(code: str) -> str:
+    r"""Return code without the Markdown fence that a model may have put around it.
+
+    Examples
+    --------
+    >>> unfenced("```sql\nSELECT 1\n```")
+    'SELECT 1'
+    """
+    fenced = _FENCE.fullmatch(code)
+    return fenced[1] if fenced else code

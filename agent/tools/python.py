@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from agent.sandbox.base import Limits, Result, Sandbox, SandboxError, Session
-from agent.tools.arguments import text_argument, text_schema
+from agent.tools.arguments import text_argument, text_schema, unfenced
 from agent.tools.base import SideEffect, ToolFailure
 from trajectory.records import JsonValue, Observation, Task
-
-_FENCE = re.compile(r"\s*```[A-Za-z0-9]*[ \t]*\n(.*?)\n?\s*```\s*", re.DOTALL)
 
 
 class PythonSession:
@@ -30,9 +27,8 @@ class PythonSession:
         code = text_argument(arguments, "code")
         if isinstance(code, Observation):
             return code
-        fenced = _FENCE.fullmatch(code)
         try:
-            result = await self._session.run(fenced[1] if fenced else code)
+            result = await self._session.run(unfenced(code))
         except SandboxError as error:
             raise ToolFailure(f"the python sandbox broke: {error}") from error
         return Observation(

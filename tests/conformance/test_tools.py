@@ -10,11 +10,13 @@ import pytest
 from agent.sandbox import SandboxProvider
 from agent.tools import TOOLS, build_tools
 from agent.tools.base import SideEffect, schema
+from agent.tools.sql_database import database_from_script
 from trajectory.records import Observation, Task
 
 UNSAFE = SandboxProvider("unsafe", allow_unsafe=True)
 
-TASK = Task(task_id="t", domain="d", prompt="p", answer="a")
+DATABASE = "items.sqlite"
+TASK = Task(task_id="t", domain="d", prompt="p", answer="a", meta={"database": DATABASE})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +45,28 @@ EXAMPLES = {
         mistake={"code": "1 +"},
         endless={"code": "while True: pass"},
     ),
+    "sql": Example(
+        calls=(
+            {"query": "CREATE TABLE prices(price)"},
+            {"query": "INSERT INTO prices SELECT id * 2.5 FROM items"},
+            {"query": "SELECT sum(price) AS total FROM prices"},
+        ),
+        results=("done", "3 rows changed", "total\n-----\n15.0\n(1 row)"),
+        mistake={"query": "SELECT FROM items"},
+        endless={
+            "query": "WITH RECURSIVE r AS (SELECT 1 UNION ALL SELECT 1 FROM r) SELECT * FROM r"
+        },
+    ),
 }
 pytestmark = pytest.mark.parametrize("name", sorted(TOOLS))
+
+
+@pytest.fixture(autouse=True)
+def database(tmp_path, monkeypatch):
+    """The file that the task names."""
+    script = "CREATE TABLE items(id); INSERT INTO items VALUES (1), (2), (3);"
+    (tmp_path / DATABASE).write_bytes(database_from_script(script))
+    monkeypatch.chdir(tmp_path)
 
 
 @asynccontextmanager
