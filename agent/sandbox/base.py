@@ -69,6 +69,25 @@ class Result:
     wall_s: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Capabilities:
+    """What a backend can do; what it cannot is refused or absent, never pretended."""
+
+    stateful: bool
+    """The latest state is kept; where False, every run first repeats all runs before it."""
+    forks: bool
+    """A branch copies its state; where False, the state is rebuilt by replaying the codes."""
+    cpython: bool
+    """Code runs in CPython, so it has the whole language, standard library and the system's own
+    functions; where False, in an interpreter of a part of the language."""
+    packages: bool
+    """Packages with compiled parts can be imported where they are installed (numpy, sympy)."""
+    files: bool
+    """Code can keep files in a private folder."""
+    cpu_limit: bool
+    """CPU time is bounded; where False only wall clock is, which a busy machine uses up."""
+
+
 class Session(Protocol):
     """Notebook-like state of one episode."""
 
@@ -99,6 +118,7 @@ class Sandbox(Protocol):
     name: str
     isolation: str
     """``none`` for the unsafe backend; stamped into trajectories and manifests."""
+    capabilities: Capabilities
 
     async def open(self, limits: Limits, seed: int, *, retain: str = "last") -> Session:
         """Start a session with an empty state.

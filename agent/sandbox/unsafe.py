@@ -19,8 +19,10 @@ run again in a fresh child, and each must give the output it gave before.
 from __future__ import annotations
 
 import asyncio
+import os
 
-from agent.sandbox.base import Limits, Result, SandboxError, states_kept
+from agent.processes import cpu_seconds
+from agent.sandbox.base import Capabilities, Limits, Result, SandboxError, states_kept
 from agent.sandbox.child import Child
 from agent.sandbox.history import History, check_replay
 
@@ -118,6 +120,14 @@ class UnsafeSandbox:
     def __init__(self, *, max_running: int) -> None:
         self.name = "unsafe"
         self.isolation = "none"
+        self.capabilities = Capabilities(
+            stateful=True,
+            forks=False,
+            cpython=True,
+            packages=True,
+            files=True,
+            cpu_limit=cpu_seconds(os.getpid()) is not None,
+        )
         self._max_running = max_running
         self._sessions: set[UnsafeSession] = set()
         self._slots: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
