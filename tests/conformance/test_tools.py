@@ -16,7 +16,12 @@ from trajectory.records import Observation, Task
 UNSAFE = SandboxProvider("unsafe", allow_unsafe=True)
 
 DATABASE = "items.sqlite"
-TASK = Task(task_id="t", domain="d", prompt="p", answer="a", meta={"database": DATABASE})
+META = {
+    "database": DATABASE,
+    "blocks": {"init": ["ontable a", "ontable c", "on b c"]},
+    "countdown": {"numbers": [30, 100, 93], "target": 23},
+}
+TASK = Task(task_id="t", domain="d", prompt="p", answer="a", meta=META)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +38,29 @@ class Example:
 
 
 EXAMPLES = {
+    "blocks": Example(
+        calls=({"action": "unstack b from c"}, {"action": "stack b on a"}),
+        results=(
+            "Done. Hand: b. On the table: a, c. Stacked: nothing. Clear: a, c.",
+            "Done. Hand: empty. On the table: a, c. Stacked: b on a. Clear: b, c.",
+        ),
+        mistake={"action": "pick-up c"},
+        endless={"action": "stack b on " * 100_000},
+    ),
     "calculator": Example(
         calls=({"expression": "1 + 2"}, {"expression": "0.1 + 0.2"}),
         results=("3", "0.3"),
         mistake={"expression": "1 +"},
         endless={"expression": "9**9**9**9"},
+    ),
+    "countdown": Example(
+        calls=({"step": "30 + 93"}, {"step": "123 - 100"}),
+        results=(
+            "30 + 93 = 123. Numbers left: 100, 123. Target: 23.",
+            "123 - 100 = 23. Numbers left: 23. Target: 23.",
+        ),
+        mistake={"step": "31 + 93"},
+        endless={"step": "9" * 100_000 + " * 9"},
     ),
     "python": Example(
         calls=({"code": "x = 20"}, {"code": "x += 1\nx"}, {"code": "x * 2"}),
