@@ -1,0 +1,171 @@
+"""A program: imports what cells use, jails itself, and forks one box per session.
+
+Started as a fresh interpreter with an empty environment, so neither the trainer's memory nor its
+secrets are in it. Ends when its socket closes, and all boxes with it.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import resource
+import signal
+import site
+import socket
+import sys
+import traceback
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import NoReturn
+
+from agent.sandbox.forkjail import namespaces
+from agent.sandbox.forkjail.box import run_box
+from agent.sandbox.forkjail.cell import Confinement, clone
+from agent.sandbox.forkjail.frames import Frame, Reader, close_all, send
+from agent.sandbox.forkjail.syscalls import PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, prctl
+from trajectory.codec import from_json
+
+CHILD_SIGNAL = 17
+_CODE_FOLDERS = "PYTHONPATH"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ZygoteConfig:
+    """What the zygote is told on its command line, as JSON."""
+
+    own_namespaces: bool
+    """Tier A; otherwise Landlock and seccomp alone (tier B)."""
+    read_only: tuple[str, ...]
+    """Files and folders that cells can read."""
+    preload: tuple[str, ...]
+    """Modules imported once, for all cells."""
+    sandbox_uid: int
+    """Whom root becomes."""
+
+
+def preload(modules: tuple[str, ...]) -> None:
+    """Import modules and fill the caches of their first use."""
+    for name in modules:
+        importlib.import_module(name)
+    if "sympy" in modules:
+        sympy = importlib.import_module("sympy")
+        x = sympy.symbols("x")
+        sympy.solve(x**2 - 1, x)
+
+
+def enter_jail(config: ZygoteConfig) -> None:
+    """Confine this process as far as all boxes have it in common.
+
+    Raises
+    ------
+    OSError
+        If the machine does not allow it.
+    """
+    if config.own_namespaces:
+        namespaces.enter_zygote_jail(config.read_only, config.sandbox_uid)
+        return
+    if os.getuid() == 0:
+        namespaces.become(config.sandbox_uid)
+        prctl(PR_SET_DUMPABLE, 1)
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+
+
+class Zygote:
+    """The loop of the program."""
+
+    def __init__(self, control: socket.socket, config: ZygoteConfig) -> None:
+        self._control, self._config = control, config
+        self._boxes: set[int] = set()
+        with open("/proc/self/statm") as pages:
+            self._own_memory = int(pages.read().split()[0]) * resource.getpagesize()
+
+    def loop(self) -> NoReturn:
+        """Make boxes until the socket closes, then end them all."""
+        signal.signal(signal.SIGCHLD, self._reap)
+        reader = Reader()
+        send(self._control, {"t": "ready"})
+        while reader.receive(self._control):
+            for frame, descriptors in reader.frames():
+                self._make_box(frame, descriptors[0])
+                close_all(descriptors)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for pid in self._boxes:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for pid in self._boxes:
+            with suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+        os._exit(0)
+
+    def _reap(self, *_: object) -> None:
+        """Forget boxes that have ended."""
+        while True:
+            try:
+                pid = os.waitpid(-1, os.WNOHANG)[0]
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            self._boxes.discard(pid)
+
+    def _make_box(self, frame: Frame, hub: int) -> None:
+        """Fork a box that talks over ``hub``."""
+        own = self._config.own_namespaces
+        jail = partial(
+            Confinement,
+            read_only=self._config.read_only,
+            own_namespaces=own,
+            seed=frame["seed"],
+            memory_bytes=self._own_memory + frame["memory_mb"] * 2**20,
+            cpu_s=frame["cpu_limit_s"],
+            file_bytes=frame["file_mb"] * 2**20,
+            threads=frame["threads"],
+            max_states=frame["max_states"],
+        )
+        pid = clone((namespaces.BOX_FLAGS if own else 0) | CHILD_SIGNAL)
+        if pid > 0:
+            self._boxes.add(pid)
+        if pid != 0:
+            return
+        try:
+            self._control.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            run_box(
+                socket.socket(fileno=os.dup(hub)),
+                jail,
+                own_namespaces=own,
+                cpu_s=frame["cpu_s"],
+                scratch_mb=frame["scratch_mb"],
+            )
+        except BaseException:
+            os.write(2, traceback.format_exc().encode())
+        finally:
+            os._exit(1)
+
+
+def main() -> None:
+    """Run the zygote; arguments: descriptor of the control socket, configuration."""
+    control = socket.socket(fileno=int(sys.argv[1]))
+    control.set_inheritable(False)
+    config = from_json(ZygoteConfig, json.loads(sys.argv[2]))
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_DFL)
+    try:
+        preload(config.preload)
+        enter_jail(config)
+    except (OSError, ImportError) as error:
+        send(control, {"t": "failed", "why": str(error)})
+        sys.exit(1)
+    ours = set(os.environ.pop(_CODE_FOLDERS, "").split(os.pathsep)) - set(site.getsitepackages())
+    sys.path[:] = [p for p in sys.path if p not in ours]
+    sys.argv = [""]
+    gc.collect()
+    gc.freeze()
+    Zygote(control, config).loop()
+
+
+if __name__ == "__main__":
+    main()
