@@ -24,7 +24,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, get_cosine_schedule_w
 
 from agent.chat import ChatFormat, ChatKind
 from agent.tools import tool_schemas
-from policy.synthesize import SYSTEM, TRAJECTORIES
 from policy.tiny import make_model, make_tokenizer
 from policy.warmup_data import (
     Batch,
@@ -35,15 +34,18 @@ from policy.warmup_data import (
     hold_out,
     micro_batches,
     plan_epoch,
+    read_demonstrations,
     summed_loss,
+    system_of,
 )
 from policy.warmup_state import CHECKPOINTS, interrupts, list_checkpoints, save_checkpoint
+from prm.data import OnLong
+from prm.model import autocast
 from trajectory.atomic import atomic_folder
 from trajectory.errors import InputError
 from trajectory.progress import progress
 from trajectory.records import Trajectory
 from trajectory.run import MANIFEST, config_dict, open_run, read_manifest
-from trajectory.store import read_jsonl
 from trajectory.tracking import NoTracker, Tracker, TrackerKind, make_tracker
 
 if TYPE_CHECKING:
@@ -73,20 +75,22 @@ class WarmupConfig:
     """Decoupled weight decay."""
     step_tokens: int = 2048
     """Tokens of an optimizer step, all processes together."""
-    micro_tokens: int = 4096
-    """Most padded tokens in one forward pass."""
+    batch_tokens: int = 4096
+    """Padded tokens of one forward pass; lower it if memory runs out, results do not change."""
     max_length: int = 2048
     """Longest trajectory, tokens; none is ever cut."""
-    overlong: Literal["error", "drop"] = "error"
-    """What to do with longer ones: stop, or leave them out and count them."""
+    on_long: OnLong = "error"
+    """What to do with longer trajectories: stop, or drop and count them."""
     held_out: float = 0.02
     """Share of the tasks kept for the held-out loss."""
-    lora_rank: int | None = None
-    """Train low-rank adapters of this rank and merge them at the end; all weights if not given."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters, merged into the policy; 0 trains all weights."""
     chat_format: ChatKind = "auto"
     """The tokenizer's own template, or the built-in chatml; the result carries the one used."""
     device: Literal["auto", "cpu"] = "auto"
     """auto takes the accelerator if there is one."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of forward passes; auto is float32 on CPU and bfloat16 on GPU. Weights stay float32."""
     checkpoint_every: int = 100
     """Optimizer steps between checkpoints."""
     seed: int = 0
@@ -95,17 +99,17 @@ class WarmupConfig:
     """Where curves go."""
 
     def __post_init__(self) -> None:
-        counts = ("epochs", "step_tokens", "micro_tokens", "max_length", "checkpoint_every")
-        for name in (*counts, "lora_rank"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be >= 1, not {value}")
+        for name in ("epochs", "step_tokens", "batch_tokens", "max_length", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be >= 1")
+        if self.lora_rank < 0:
+            raise InputError("--lora-rank must be >= 0")
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise InputError(f"--learning-rate must be > 0, not {self.learning_rate}")
         for name in ("warmup_share", "held_out", "weight_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be in [0, 1)")
-        if self.model == TINY and self.lora_rank is not None:
+        if self.model == TINY and self.lora_rank:
             raise InputError("--lora-rank needs a pretrained --model: tiny starts from scratch")
         if self.model == TINY and self.chat_format != "auto":
             raise InputError("--chat-format is for pretrained models: tiny brings its own")
@@ -117,7 +121,7 @@ class WarmupConfig:
             return self.learning_rate
         if self.model == TINY:
             return 3e-3
-        return 2e-5 if self.lora_rank is None else 2e-4
+        return 2e-4 if self.lora_rank else 2e-5
 
 
 @dataclass(kw_only=True)
@@ -135,6 +139,8 @@ class _Training:
     train: Sequence[Row]
     held_out: Sequence[Row]
     pad_id: int
+    bfloat16: bool
+    """Whether forward passes run in bfloat16."""
     done: int = 0
     """Optimizer steps taken."""
 
@@ -153,15 +159,12 @@ def warmup(config: WarmupConfig) -> Path:
     InputError
         If data or model are missing or unfit, or a trajectory is too long.
     """
-    accelerator = Accelerator(
-        cpu=config.device == "cpu",
-        mixed_precision="bf16" if config.device == "auto" and torch.cuda.is_available() else "no",
-    )
-    trajectories = _read(config.data)
+    accelerator = Accelerator(cpu=config.device == "cpu")
+    trajectories = read_demonstrations(config.data)
     judged = [t for t in trajectories if t.stop.judged]
     chat = _chat(config, judged)
-    rows = [assemble(chat, _system(t), t) for t in judged]
-    kept = fitting(rows, config.max_length, drop=config.overlong == "drop")
+    rows = [assemble(chat, system_of(t), t) for t in judged]
+    kept = fitting(rows, config.max_length, on_long=config.on_long)
     train, held_out = hold_out(kept, config.held_out, config.seed)
     if not accelerator.is_main_process:
         training = _prepare(config, accelerator, chat.tokenizer, train=train, held_out=held_out)
@@ -183,32 +186,12 @@ def warmup(config: WarmupConfig) -> Path:
             {
                 "trajectories": len(trajectories),
                 "dropped_unjudged": len(trajectories) - len(judged),
-                "dropped_overlong": len(rows) - len(kept),
+                "dropped_long": len(rows) - len(kept),
                 "held_out": len(held_out),
                 "steps": training.done,
             }
         )
     return config.out
-
-
-def _read(data: Path) -> list[Trajectory]:
-    """Read the demonstrations of a folder or file."""
-    path = data / TRAJECTORIES if data.is_dir() else data
-    trajectories = list(read_jsonl(path, Trajectory))
-    if not any(t.stop.judged for t in trajectories):
-        raise InputError(f"{path} holds no finished trajectory: there is nothing to learn from")
-    return trajectories
-
-
-def _system(trajectory: Trajectory) -> str:
-    """Return the system prompt the agent gets for the trajectory's task."""
-    system = trajectory.meta.get(SYSTEM)
-    if not isinstance(system, str):
-        raise InputError(
-            f"trajectory {trajectory.trajectory_id!r} does not record its system prompt: give the "
-            "output of `policy synthesize`"
-        )
-    return system
 
 
 def _chat(config: WarmupConfig, trajectories: Sequence[Trajectory]) -> ChatFormat:
@@ -240,7 +223,7 @@ def _load_model(
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"no model could be loaded from {config.model!r}: {reason}") from error
-    if rank is None:
+    if not rank:
         return cast("torch.nn.Module", model)
     from peft import LoraConfig, get_peft_model
 
@@ -291,6 +274,8 @@ def _prepare(
         train=train,
         held_out=held_out,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        bfloat16=config.precision == "bfloat16"
+        or (config.precision == "auto" and accelerator.device.type == "cuda"),
     )
     saved = list_checkpoints(config.out)
     if saved:
@@ -312,14 +297,14 @@ def _run(config: WarmupConfig, training: _Training, tracker: Tracker) -> None:
         for indices in training.plan[training.done :]:
             started = time.monotonic()
             rows = [training.train[i] for i in indices]
-            loss = _step(training, rows, config.micro_tokens)
+            loss = _step(training, rows, config.batch_tokens)
             training.done += 1
             speed = sum(len(row.input_ids) for row in rows) / (time.monotonic() - started)
             rate = float(training.schedule.get_last_lr()[0])
             metrics = {"loss": loss, "learning_rate": rate, "tokens_per_s": speed}
             bar.advance(loss=loss, tokens_per_s=round(speed))
             if training.done in training.epoch_ends and training.held_out:
-                metrics["held_out_loss"] = _held_out_loss(training, config.micro_tokens)
+                metrics["held_out_loss"] = _held_out_loss(training, config.batch_tokens)
                 bar.advance(0, held_out=metrics["held_out_loss"])
             tracker.log(training.done, metrics)
             if (training.done % config.checkpoint_every == 0 or pending) and training.done < total:
@@ -328,24 +313,26 @@ def _run(config: WarmupConfig, training: _Training, tracker: Tracker) -> None:
                 raise KeyboardInterrupt
 
 
-def _step(training: _Training, rows: Sequence[Row], micro_tokens: int) -> float:
+def _step(training: _Training, rows: Sequence[Row], batch_tokens: int) -> float:
     """Take one optimizer step and return the loss per trained id, nats."""
     accelerator, model = training.accelerator, training.model
+    device = accelerator.device
     model.train()
     lengths = [len(row.input_ids) for row in rows]
-    micros = micro_batches(range(len(rows)), lengths, micro_tokens)
+    micros = micro_batches(range(len(rows)), lengths, batch_tokens)
     num_trained = sum(row.num_trained for row in rows)
-    world, total = accelerator.num_processes, torch.zeros((), device=accelerator.device)
+    world, total = accelerator.num_processes, torch.zeros((), device=device)
     # Every process runs equally many micro-batches, or their gradient exchange would never meet.
     turns = math.ceil(len(micros) / world)
     for turn in range(turns):
         place = turn * world + accelerator.process_index
         weight = 1.0 if place < len(micros) else 0.0
         chosen = micros[min(place, len(micros) - 1)]
-        batch = _on(accelerator.device, collate([rows[i] for i in chosen], training.pad_id))
+        batch = _on(device, collate([rows[i] for i in chosen], training.pad_id))
         last = turn == turns - 1
-        with nullcontext() if last else accelerator.no_sync(model), accelerator.autocast():
-            loss = weight * summed_loss(model, batch) / num_trained
+        with nullcontext() if last else accelerator.no_sync(model):
+            with autocast(device, training.bfloat16):
+                loss = weight * summed_loss(model, batch) / num_trained
             accelerator.backward(loss * world)  # processes average their gradients
         total += loss.detach()
     accelerator.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
@@ -355,16 +342,17 @@ def _step(training: _Training, rows: Sequence[Row], micro_tokens: int) -> float:
     return float(accelerator.reduce(total, "sum"))
 
 
-def _held_out_loss(training: _Training, micro_tokens: int) -> float:
+def _held_out_loss(training: _Training, batch_tokens: int) -> float:
     """Return the loss per trained id over the held-out rows, nats."""
     rows = training.held_out
     lengths = [len(row.input_ids) for row in rows]
     total = 0.0
     training.model.eval()
-    with torch.no_grad(), training.accelerator.autocast():
-        for chosen in micro_batches(range(len(rows)), lengths, micro_tokens):
+    device = training.accelerator.device
+    with torch.no_grad(), autocast(device, training.bfloat16):
+        for chosen in micro_batches(range(len(rows)), lengths, batch_tokens):
             batch = collate([rows[i] for i in chosen], training.pad_id)
-            total += float(summed_loss(training.model, _on(training.accelerator.device, batch)))
+            total += float(summed_loss(training.model, _on(device, batch)))
     return total / sum(row.num_trained for row in rows)
 
 
@@ -378,7 +366,7 @@ def _publish(config: WarmupConfig, training: _Training, chat: ChatFormat) -> Non
     accelerator = training.accelerator
     gathered = accelerator.get_state_dict(training.model)
     model = accelerator.unwrap_model(training.model)
-    if config.lora_rank is not None:
+    if config.lora_rank:
         model = model.merge_and_unload()
     dtype = torch.float32
     if config.model != TINY:

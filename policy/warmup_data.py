@@ -10,13 +10,17 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from agent.chat import ChatFormat
+from policy.synthesize import SYSTEM, TRAJECTORIES
+from prm.data import OnLong
 from trajectory.errors import InputError
 from trajectory.records import Trajectory
 from trajectory.seeds import derive_seed
+from trajectory.store import read_jsonl
 
 IGNORED = -100
 """Label of ids that are not trained on."""
@@ -44,6 +48,26 @@ class Batch:
     input_ids_BT: torch.Tensor
     labels_BT: torch.Tensor
     """The id at each trained place, `IGNORED` elsewhere (not shifted)."""
+
+
+def read_demonstrations(data: Path) -> list[Trajectory]:
+    """Read the demonstrations of a folder or file."""
+    path = data / TRAJECTORIES if data.is_dir() else data
+    trajectories = list(read_jsonl(path, Trajectory))
+    if not any(t.stop.judged for t in trajectories):
+        raise InputError(f"{path} holds no finished trajectory: there is nothing to learn from")
+    return trajectories
+
+
+def system_of(trajectory: Trajectory) -> str:
+    """Return the system prompt the agent gets for the trajectory's task."""
+    system = trajectory.meta.get(SYSTEM)
+    if not isinstance(system, str):
+        raise InputError(
+            f"trajectory {trajectory.trajectory_id!r} does not record its system prompt: give the "
+            "output of `policy synthesize`"
+        )
+    return system
 
 
 def assemble(chat: ChatFormat, system: str, trajectory: Trajectory) -> Row:
@@ -76,21 +100,21 @@ def assemble(chat: ChatFormat, system: str, trajectory: Trajectory) -> Row:
     return Row(task_id=trajectory.task.task_id, input_ids=tuple(ids), trained=tuple(trained))
 
 
-def fitting(rows: Sequence[Row], max_length: int, *, drop: bool) -> list[Row]:
+def fitting(rows: Sequence[Row], max_length: int, *, on_long: OnLong) -> list[Row]:
     """Keep the rows that fit; none is ever cut.
 
     Raises
     ------
     InputError
-        If a row is too long and ``drop`` is False, or no row is left.
+        If a row is too long and ``on_long`` is ``error``, or no row is left.
     """
     kept = [row for row in rows if len(row.input_ids) <= max_length]
     longest = max((len(row.input_ids) for row in rows), default=0)
-    if len(kept) < len(rows) and not drop:
+    if len(kept) < len(rows) and on_long == "error":
         raise InputError(
             f"{len(rows) - len(kept)} of {len(rows)} trajectories exceed --max-length "
-            f"{max_length} (the longest has {longest} tokens): raise it, or leave them out with "
-            "--overlong drop"
+            f"{max_length} (the longest has {longest} tokens): raise it, or drop and count them "
+            "with --on-long drop"
         )
     if not kept:
         raise InputError(f"no trajectory of {len(rows)} fits --max-length {max_length}")

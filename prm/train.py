@@ -84,7 +84,7 @@ class TrainConfig:
     """Longest trajectory in tokens; also bounded by the model's own limit."""
     on_long: OnLong = "error"
     """What to do with longer trajectories: stop, or drop and count them. They are never cut."""
-    validation_share: float = 0.15
+    held_out: float = 0.15
     """Share of the tasks held out for early stopping and calibration."""
     patience: int = 2
     """Epochs without a better held-out likelihood before stopping; 0 never stops early."""
@@ -103,8 +103,8 @@ class TrainConfig:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1")
         if self.lora_rank < 0 or self.patience < 0:
             raise InputError("--lora-rank and --patience must not be negative")
-        if not 0 < self.validation_share < 1:
-            raise InputError("--validation-share must lie between 0 and 1")
+        if not 0 < self.held_out < 1:
+            raise InputError("--held-out must lie between 0 and 1")
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise InputError("--learning-rate must be positive")
 
@@ -247,7 +247,7 @@ def prepare(
 
 def _held_out_tasks(config: TrainConfig, num_tasks: int) -> int:
     """Count the tasks to hold out: at least one, and at least one stays."""
-    return min(num_tasks - 1, max(1, round(config.validation_share * num_tasks)))
+    return min(num_tasks - 1, max(1, round(config.held_out * num_tasks)))
 
 
 def _base_rate(examples: Sequence[Example], head: Head) -> float:

@@ -81,7 +81,7 @@ PYTHON
         --chat-format auto --max-turn-tokens 64 --max-context 640 --max-steps 5
         --temperature 0.8 --device "$device")
     run policy warmup --data "$out/warmup.jsonl" --model "$smollm" --chat-format chatml \
-        --epochs 1 --step-tokens 1024 --micro-tokens 2048 --out "$out/warmup"
+        --epochs 1 --step-tokens 1024 --batch-tokens 2048 --out "$out/warmup"
     run prm label "${playing[@]}" --first-task "$warm" --num-tasks "${PRM_TASKS:-60}" --rollouts 1 \
         --policy "$out/warmup" --out "$out/labels-warmup"
     run prm train --labels "$out/labels-warmup" --model "$out/warmup" --epochs 2 \

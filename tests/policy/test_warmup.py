@@ -72,8 +72,19 @@ def test_a_policy_from_scratch_learns_and_is_an_ordinary_folder(data, tmp_path):
 
 def test_the_result_does_not_depend_on_the_micro_batches(data, tmp_path):
     for name, micro in (("a", 100), ("b", 4096)):
-        warmup(config_for(data, tmp_path / name, micro_tokens=micro))
+        warmup(config_for(data, tmp_path / name, batch_tokens=micro))
     assert largest_difference(tmp_path / "a", tmp_path / "b") < 1e-4
+
+
+def test_bfloat16_passes_learn_nearly_the_same_in_float32_weights(data, tmp_path):
+    curves = {}
+    for precision in ("float32", "bfloat16"):
+        out = tmp_path / precision
+        warmup(config_for(data, out, precision=precision, track="jsonl", step_tokens=512))
+        curves[precision] = [entry.metrics["loss"] for entry in read_metrics(out)]
+        assert {tensor.dtype for tensor in weights(out).values()} == {torch.float32}
+    assert curves["bfloat16"] != curves["float32"]
+    assert curves["bfloat16"] == pytest.approx(curves["float32"], rel=0.02)
 
 
 def interrupt_when(metrics: Path, lines: int) -> threading.Thread:
@@ -159,8 +170,8 @@ def test_long_trajectories_are_an_error_or_counted(data, tmp_path):
     with pytest.raises(InputError, match="exceed --max-length 110"):
         warmup(config_for(data, tmp_path / "out", max_length=110))
     assert not (tmp_path / "out").exists()
-    warmup(config_for(data, tmp_path / "out", max_length=110, overlong="drop"))
-    assert read_manifest(tmp_path / "out").counts["dropped_overlong"] > 0
+    warmup(config_for(data, tmp_path / "out", max_length=110, on_long="drop"))
+    assert read_manifest(tmp_path / "out").counts["dropped_long"] > 0
 
 
 def test_different_tools_are_refused(data, tmp_path):

@@ -88,16 +88,16 @@ def test_a_row_is_what_an_episode_with_these_turns_has(demonstrations, rows):
 
 def test_rows_that_are_too_long_are_an_error_that_counts_them():
     with pytest.raises(InputError, match="2 of 3 trajectories exceed --max-length 5 "):
-        fitting([row(9), row(5), row(6)], 5, drop=False)
+        fitting([row(9), row(5), row(6)], 5, on_long="error")
 
 
 def test_rows_that_are_too_long_can_be_left_out():
-    assert fitting([row(9), row(5)], 5, drop=True) == [row(5)]
+    assert fitting([row(9), row(5)], 5, on_long="drop") == [row(5)]
 
 
 def test_nothing_left_is_an_error():
     with pytest.raises(InputError, match="no trajectory of 1 fits"):
-        fitting([row(9)], 5, drop=True)
+        fitting([row(9)], 5, on_long="drop")
 
 
 # --- splits and batches

@@ -196,7 +196,7 @@ def test_missing_labels_are_refused(base, tmp_path):
         ({"epochs": 0}, "--epochs must be at least 1"),
         ({"batch_tokens": 0}, "--batch-tokens must be at least 1"),
         ({"lora_rank": -1}, "must not be negative"),
-        ({"validation_share": 1.0}, "between 0 and 1"),
+        ({"held_out": 1.0}, "between 0 and 1"),
         ({"learning_rate": 0.0}, "must be positive"),
     ],
 )
