@@ -43,10 +43,39 @@ def _jsonl(rest: str, sandbox: SandboxProvider) -> TaskDomain:
     return JsonlDomain(rest)
 
 
+def _sql(rest: str, sandbox: SandboxProvider) -> TaskDomain:
+    """Make the questions about databases of a file."""
+    from agent.tasks.sql import SqlDomain
+
+    path, _, text = rest.partition(",")
+    options = _options(text)
+    if not path or options.keys() - {"databases"}:
+        raise InputError(
+            "'sql' takes a file and an option: write sql:FILE.jsonl or "
+            "sql:FILE.jsonl,databases=FOLDER"
+        )
+    return SqlDomain(path, sandbox, databases=options.get("databases", ""))
+
+
+def _planning(rest: str, sandbox: SandboxProvider) -> TaskDomain:
+    """Make the planning problems of a file."""
+    from agent.tasks.planning import PlanningDomain
+
+    kind, _, path = rest.partition(":")
+    if not path:
+        raise InputError(
+            "'planning' needs a kind and a file: write planning:blocksworld:FILE.jsonl or "
+            "planning:countdown:FILE.jsonl"
+        )
+    return PlanningDomain(kind, path)
+
+
 DOMAINS: dict[str, Callable[[str, SandboxProvider], TaskDomain]] = {
     "arithmetic": _arithmetic,
     "math": _math,
     "jsonl": _jsonl,
+    "planning": _planning,
+    "sql": _sql,
 }
 """Domain makers by name, given what follows ``name:`` in a specification and the sandbox for
 checkers that run code."""
@@ -59,7 +88,8 @@ def parse_tasks(spec: str, sandbox: SandboxProvider | None = None) -> TaskDomain
     ----------
     spec : str
         ``arithmetic``, ``arithmetic:operations=2-6,distractors=1``, ``math:FILE.jsonl``,
-        ``math:hf:OWNER/NAME``, or ``FILE.jsonl``.
+        ``math:hf:OWNER/NAME``, ``planning:blocksworld:FILE.jsonl``,
+        ``planning:countdown:FILE.jsonl``, ``sql:FILE.jsonl,databases=FOLDER``, or ``FILE.jsonl``.
     sandbox : SandboxProvider, optional
         Where checkers that run code run it; default: the strongest backend of this machine.
 
