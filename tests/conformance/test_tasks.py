@@ -6,7 +6,9 @@ import re
 
 import pytest
 
+from agent.sandbox import SandboxProvider
 from agent.tasks import DOMAINS, parse_tasks
+from agent.tools.sql_database import database_from_script
 
 DATA_FILES = [
     "math_competition/math500",
@@ -22,15 +24,35 @@ ROWS = [
     {"problem": "A thousand?", "answer": "1,000"},
     {"problem": "Minus four?", "answer": "-4"},
 ]
+ITEMS = "CREATE TABLE items(id, name); INSERT INTO items VALUES (1, 'a'), (2, 'b'), (3, 'c');"
+QUERIES = [
+    "SELECT sum(id) FROM items WHERE id < 3",
+    "SELECT name FROM items WHERE id = 2",
+    "SELECT id + 5 FROM items",
+    "SELECT id FROM items ORDER BY id LIMIT 2",
+]
+UNSAFE = SandboxProvider("unsafe", allow_unsafe=True)
+
+
+def sql_rows(folder):
+    """Questions about a database that lies in the folder."""
+    (folder / "database").mkdir()
+    (folder / "database" / "items.sqlite").write_bytes(database_from_script(ITEMS))
+    return [{"question": f"{q}?", "query": q, "db_id": "items"} for q in QUERIES]
+
+
+ROWS_OF = {"sql": sql_rows}
+"""Domains whose rows are not problem and answer alone."""
 
 
 @pytest.fixture(params=sorted(DOMAINS))
 def domain(request, tmp_path):
     """Each row of the table on a source of its own kind."""
     path = tmp_path / "tasks.jsonl"
-    path.write_text("\n".join(map(json.dumps, ROWS)))
+    rows = ROWS_OF.get(request.param, lambda folder: ROWS)(tmp_path)
+    path.write_text("\n".join(map(json.dumps, rows)))
     spec = {"arithmetic": "arithmetic"}.get(request.param, f"{request.param}:{path}")
-    return parse_tasks(spec)
+    return parse_tasks(spec, UNSAFE)
 
 
 def tasks_of(domain):
