@@ -1,0 +1,246 @@
+"""The `monty` backend: an interpreter of a part of Python that has no access to the system.
+
+Monty (the package ``pydantic-monty``) is a Python interpreter written in Rust. Code has no files,
+network, processes, environment or compiled packages, because the interpreter has no such
+functions, and it runs in worker processes: a crash or an endless loop ends a worker, never the
+caller. It works wherever the package does, macOS included, and a call takes about a millisecond.
+
+It does NOT protect against a memory-safety bug in the interpreter: a worker runs as the caller's
+user, with the caller's environment. It has no generators, subclasses, ``del`` or ``sys.exit`` and
+a part of the standard library; code that needs more gets an exception that says so. Where the
+system shows no CPU clock of other processes (macOS), ``cpu_s`` bounds the wall clock of execution,
+sleep aside. A worker that runs when the caller is killed ends within ``wall_s``.
+
+A state is the interpreter's dump of itself, loaded into whichever worker runs the next cell: a
+branch shares it, and a limit or crash takes nothing back. Dumps beyond a budget are dropped and
+restored by replay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import weakref
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+from agent.processes import cpu_seconds
+from agent.sandbox.base import Capabilities, Limits, SandboxError, states_kept
+from agent.sandbox.child import Outcome
+from agent.sandbox.history import History, check_replay
+from agent.sandbox.monty_cell import MontyWorker, State
+from agent.sandbox.sessions import HistorySession, Sessions
+from trajectory.errors import InputError
+
+if TYPE_CHECKING:
+    from pydantic_monty import AsyncMonty, OSPolicy, ResourceLimits
+
+MAX_MEMORY_MB = 256
+"""Largest heap, whatever the limits allow: the caller holds dumps of about that size."""
+MAX_DUMP_BYTES = 2**30
+"""Kept states of a sandbox together."""
+MAX_DEPTH = 1000
+"""Nested calls."""
+MAX_SUSPENSIONS = 10_000
+"""Sleeps of one cell."""
+
+
+class StateBudget:
+    """Drops the dumps of the states used least recently when all together are too large.
+
+    Parameters
+    ----------
+    max_bytes : int
+        All dumps together.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._kept: OrderedDict[int, tuple[weakref.ref[State], int]] = OrderedDict()
+        self.num_bytes = 0
+        """Of the dumps kept."""
+
+    def add(self, state: State) -> None:
+        """Count a state until its last owner drops it."""
+        key, size = id(state), len(state.dump or b"")
+        self._kept[key] = (weakref.ref(state, lambda _: self._forget(key)), size)
+        self.num_bytes += size
+        while self.num_bytes > self._max_bytes:
+            oldest, (reference, _) = next(iter(self._kept.items()))
+            self._forget(oldest)
+            if (dropped := reference()) is not None:
+                dropped.dump = None
+
+    def touch(self, state: State) -> None:
+        """Make a state the one used most recently."""
+        if id(state) in self._kept:
+            self._kept.move_to_end(id(state))
+
+    def _forget(self, key: int) -> None:
+        """Stop counting a state."""
+        _, size = self._kept.pop(key, (None, 0))
+        self.num_bytes -= size
+
+
+class MontyMachine:
+    """Runs the cells of one session, each in a worker that loads the state it starts from.
+
+    Parameters
+    ----------
+    sandbox : MontySandbox
+        Whose workers and budget are used.
+    limits : Limits
+        Bounds of every run.
+    seed : int
+        Of ``random``.
+    keep : int or None
+        Latest states kept; None for all.
+    """
+
+    def __init__(self, sandbox: MontySandbox, limits: Limits, seed: int, keep: int | None) -> None:
+        self._sandbox, self._limits, self._seed, self._keep = sandbox, limits, seed, keep
+        self._states: OrderedDict[int, State] = OrderedDict()
+
+    async def run(self, history: History, node: int, code: str) -> Outcome:
+        """Load or rebuild the state ``node``, run the cell and keep the state after it."""
+        from pydantic_monty import MontyError
+
+        pool = await self._sandbox.pool()
+        number = len(history)
+        try:
+            async with pool.checkout(limits=self._bounds(), os_policy=self._policy()) as session:
+                worker = MontyWorker(session, self._limits)
+                await self._restore(worker, history, node)
+                outcome, state = await worker.run_and_dump(code, number)
+        except (MontyError, OSError, RuntimeError) as error:
+            raise SandboxError(f"a monty worker broke: {error}") from error
+        if state is not None:
+            self._keep_state(number, state)
+        return outcome
+
+    def branch(self) -> MontyMachine:
+        """Return a machine that shares the states so far, which nothing changes."""
+        copy = MontyMachine(self._sandbox, self._limits, self._seed, self._keep)
+        copy._states = self._states.copy()
+        return copy
+
+    async def _restore(self, worker: MontyWorker, history: History, node: int) -> None:
+        """Bring a fresh worker to the state ``node``, from the nearest one that is kept."""
+        path = history.path(node)
+        replayed = []
+        state = None
+        while path and state is None:
+            kept = self._states.get(path[-1][0])
+            if kept is not None and kept.dump is not None:
+                state = kept
+            else:
+                replayed.append(path.pop())
+        if state is not None:
+            self._sandbox.budget.touch(state)
+        await worker.load(state)
+        for number, cell in reversed(replayed):
+            check_replay(number, cell, await worker.run(cell.code, number))
+
+    def _keep_state(self, node: int, state: State) -> None:
+        """Keep a state and drop the oldest beyond what is to be kept."""
+        self._states[node] = state
+        self._sandbox.budget.add(state)
+        while self._keep is not None and len(self._states) > self._keep:
+            self._states.popitem(last=False)
+
+    def _bounds(self) -> ResourceLimits:
+        """Return what the interpreter itself enforces; the clocks are watched from outside too."""
+        limits = self._limits
+        return {
+            "max_feed_duration_secs": limits.wall_s if has_cpu_clock() else limits.cpu_s,
+            "max_memory": min(limits.memory_mb, MAX_MEMORY_MB) * 2**20,
+            "max_recursion_depth": MAX_DEPTH,
+            "max_suspensions": MAX_SUSPENSIONS,
+            "max_total_sleep_secs": limits.wall_s,
+        }
+
+    def _policy(self) -> OSPolicy:
+        """Return how clocks, sleep and random numbers behave."""
+        return {
+            "sleep": "system",
+            "sleep_system_max": self._limits.wall_s,
+            "process_time": "elapsed",
+            "random_start": {"seed": self._seed},
+        }
+
+
+class MontySandbox:
+    """Makes sessions of the Monty interpreter.
+
+    Parameters
+    ----------
+    max_running : int
+        Worker processes, >= 1: cells that run at the same time; more wait, and their clocks do
+        not run.
+
+    Raises
+    ------
+    InputError
+        If the package is not installed.
+    """
+
+    def __init__(self, *, max_running: int) -> None:
+        try:
+            import pydantic_monty  # noqa: F401  (asked for before the first session)
+        except ImportError as error:
+            raise InputError(
+                "the sandbox 'monty' needs a package that is not installed; "
+                "install it with: pip install 'toolprm[monty]'"
+            ) from error
+        self.name = "monty"
+        self.isolation = "interpreter"
+        self.capabilities = Capabilities(
+            stateful=True,
+            forks=True,
+            cpython=False,
+            packages=False,
+            files=False,
+            cpu_limit=has_cpu_clock(),
+        )
+        self.budget = StateBudget(MAX_DUMP_BYTES)
+        self._max_running = max_running
+        self._sessions = Sessions(max_running=max_running)
+        self._pool: AsyncMonty | None = None
+        self._starting = asyncio.Lock()
+
+    async def open(self, limits: Limits, seed: int, *, retain: str = "last") -> HistorySession:
+        """Return a session in the empty state; ``file_mb`` and the like have nothing to bound."""
+        machine = MontyMachine(self, limits, seed, states_kept(retain))
+        return self._sessions.open(machine, History())
+
+    async def close(self) -> None:
+        """End every session and worker."""
+        await self._sessions.close()
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            await pool.__aexit__(None, None, None)
+
+    async def pool(self) -> AsyncMonty:
+        """Return the workers, started at the first call.
+
+        Raises
+        ------
+        SandboxError
+            If they cannot be started.
+        """
+        from pydantic_monty import AsyncMonty, MontyError
+
+        async with self._starting:
+            if self._pool is None:
+                pool = AsyncMonty(max_processes=self._max_running)
+                try:
+                    await pool.__aenter__()
+                except (MontyError, OSError, RuntimeError) as error:
+                    raise SandboxError(f"cannot start a monty worker: {error}") from error
+                self._pool = pool
+            return self._pool
+
+
+def has_cpu_clock() -> bool:
+    """Tell whether the CPU time of other processes can be read here."""
+    return cpu_seconds(os.getpid()) is not None
