@@ -87,6 +87,16 @@ def become(uid: int) -> None:
     prctl(PR_SET_DUMPABLE, 1)  # or /proc/self would stay root's
 
 
+def open_to_all(path: str) -> bool:
+    """Tell whether any user can read a file or folder, its parents' permissions included."""
+    real = Path(path).resolve()
+    if not real.exists():
+        return True
+    if not real.stat().st_mode & 0o004:
+        return False
+    return all(folder.stat().st_mode & 0o001 for folder in real.parents)
+
+
 def drop_capabilities() -> None:
     """Give up every capability of this process and of its descendants."""
     for capability in range(64):

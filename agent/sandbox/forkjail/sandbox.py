@@ -15,6 +15,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from agent.sandbox.base import (
+    Capabilities,
     Limits,
     ReplayDiverged,
     Result,
@@ -313,6 +314,9 @@ class ForkjailSandbox:
     ) -> None:
         self.name = "forkjail"
         self.isolation = "namespaces+seccomp" if own_namespaces else "landlock+seccomp"
+        self.capabilities = Capabilities(
+            stateful=True, forks=True, cpython=True, packages=True, files=True, cpu_limit=True
+        )
         self._max_running = max_running
         self._zygote = Zygote(own_namespaces=own_namespaces, preload=preload)
         self._sessions: set[ForkjailSession] = set()

@@ -25,7 +25,7 @@ from agent.sandbox.forkjail import namespaces
 from agent.sandbox.forkjail.box import run_box
 from agent.sandbox.forkjail.cell import Confinement, clone
 from agent.sandbox.forkjail.frames import Frame, Reader, close_all, send
-from agent.sandbox.forkjail.syscalls import PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, prctl
+from agent.sandbox.forkjail.syscalls import PR_SET_NO_NEW_PRIVS, prctl
 from trajectory.codec import from_json
 
 CHILD_SIGNAL = 17
@@ -67,9 +67,9 @@ def enter_jail(config: ZygoteConfig) -> None:
     if config.own_namespaces:
         namespaces.enter_zygote_jail(config.read_only, config.sandbox_uid)
         return
-    if os.getuid() == 0:
+    if os.getuid() == 0 and all(map(namespaces.open_to_all, config.read_only)):
         namespaces.become(config.sandbox_uid)
-        prctl(PR_SET_DUMPABLE, 1)
+    namespaces.drop_capabilities()  # a root that had to stay root is one in name only
     prctl(PR_SET_NO_NEW_PRIVS, 1)
 
 

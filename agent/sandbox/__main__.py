@@ -1,0 +1,19 @@
+"""``python -m agent.sandbox COMMAND``: what a sandbox offers, whether it holds, how fast it is."""
+
+from trajectory.command import Command, main
+
+COMMANDS = {
+    "doctor": Command(
+        "agent.sandbox.doctor:DoctorConfig",
+        "agent.sandbox.doctor:doctor",
+        "which isolation this machine offers, by trying forbidden things",
+    ),
+    "check": Command(
+        "agent.sandbox.check:CheckConfig",
+        "agent.sandbox.check:check",
+        "hostile inputs against a backend: did each end as expected?",
+    ),
+}
+
+if __name__ == "__main__":
+    main("python -m agent.sandbox", COMMANDS)
