@@ -57,6 +57,15 @@ def _sql(rest: str, sandbox: SandboxProvider) -> TaskDomain:
     return SqlDomain(path, sandbox, databases=options.get("databases", ""))
 
 
+def _code(rest: str, sandbox: SandboxProvider) -> TaskDomain:
+    """Make the programming problems of a file."""
+    from agent.tasks.code import CodeDomain
+
+    if not rest:
+        raise InputError("'code' needs a file: write code:FILE.jsonl")
+    return CodeDomain(rest, sandbox)
+
+
 def _planning(rest: str, sandbox: SandboxProvider) -> TaskDomain:
     """Make the planning problems of a file."""
     from agent.tasks.planning import PlanningDomain
@@ -72,6 +81,7 @@ def _planning(rest: str, sandbox: SandboxProvider) -> TaskDomain:
 
 DOMAINS: dict[str, Callable[[str, SandboxProvider], TaskDomain]] = {
     "arithmetic": _arithmetic,
+    "code": _code,
     "math": _math,
     "jsonl": _jsonl,
     "planning": _planning,
@@ -88,7 +98,7 @@ def parse_tasks(spec: str, sandbox: SandboxProvider | None = None) -> TaskDomain
     ----------
     spec : str
         ``arithmetic``, ``arithmetic:operations=2-6,distractors=1``, ``math:FILE.jsonl``,
-        ``math:hf:OWNER/NAME``, ``planning:blocksworld:FILE.jsonl``,
+        ``math:hf:OWNER/NAME``, ``code:FILE.jsonl``, ``planning:blocksworld:FILE.jsonl``,
         ``planning:countdown:FILE.jsonl``, ``sql:FILE.jsonl,databases=FOLDER``, or ``FILE.jsonl``.
     sandbox : SandboxProvider, optional
         Where checkers that run code run it; default: the strongest backend of this machine.
