@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from agent.processes import cpu_seconds
 from agent.sandbox.base import Capabilities, Limits, SandboxError, states_kept
 from agent.sandbox.child import Outcome
-from agent.sandbox.history import History, check_replay
+from agent.sandbox.history import Cell, History, check_replay
 from agent.sandbox.monty_cell import MontyWorker, State
 from agent.sandbox.sessions import HistorySession, Sessions
 from trajectory.errors import InputError
@@ -35,8 +35,10 @@ from trajectory.errors import InputError
 if TYPE_CHECKING:
     from pydantic_monty import AsyncMonty, OSPolicy, ResourceLimits
 
-MAX_MEMORY_MB = 256
-"""Largest heap, whatever the limits allow: the caller holds dumps of about that size."""
+MAX_MEMORY_MB = 128
+"""Largest heap, whatever the limits allow: the caller holds dumps of states."""
+LOAD_FACTOR = 4
+"""Memory a worker may use to load a state, over the bound of its heap, which the state brings."""
 MAX_DUMP_BYTES = 2**30
 """Kept states of a sandbox together."""
 MAX_DEPTH = 1000
@@ -107,10 +109,14 @@ class MontyMachine:
 
         pool = await self._sandbox.pool()
         number = len(history)
+        start, replayed = self._nearest(history, node)
+        bounds = self._bounds(LOAD_FACTOR if start else 1)
         try:
-            async with pool.checkout(limits=self._bounds(), os_policy=self._policy()) as session:
+            async with pool.checkout(limits=bounds, os_policy=self._policy()) as session:
                 worker = MontyWorker(session, self._limits)
-                await self._restore(worker, history, node)
+                await worker.load(start)
+                for done, cell in replayed:
+                    check_replay(done, cell, await worker.run(cell.code, done))
                 outcome, state = await worker.run_and_dump(code, number)
         except (MontyError, OSError, RuntimeError) as error:
             raise SandboxError(f"a monty worker broke: {error}") from error
@@ -124,22 +130,16 @@ class MontyMachine:
         copy._states = self._states.copy()
         return copy
 
-    async def _restore(self, worker: MontyWorker, history: History, node: int) -> None:
-        """Bring a fresh worker to the state ``node``, from the nearest one that is kept."""
-        path = history.path(node)
-        replayed = []
-        state = None
-        while path and state is None:
-            kept = self._states.get(path[-1][0])
-            if kept is not None and kept.dump is not None:
-                state = kept
-            else:
-                replayed.append(path.pop())
-        if state is not None:
-            self._sandbox.budget.touch(state)
-        await worker.load(state)
-        for number, cell in reversed(replayed):
-            check_replay(number, cell, await worker.run(cell.code, number))
+    def _nearest(self, history: History, node: int) -> tuple[State | None, list[tuple[int, Cell]]]:
+        """Return the nearest state kept on the way to ``node``, and the cells after it."""
+        replayed: list[tuple[int, Cell]] = []
+        for number, cell in reversed(history.path(node)):
+            state = self._states.get(number)
+            if state is not None and state.dump is not None:
+                self._sandbox.budget.touch(state)
+                return state, replayed[::-1]
+            replayed.append((number, cell))
+        return None, replayed[::-1]
 
     def _keep_state(self, node: int, state: State) -> None:
         """Keep a state and drop the oldest beyond what is to be kept."""
@@ -148,12 +148,12 @@ class MontyMachine:
         while self._keep is not None and len(self._states) > self._keep:
             self._states.popitem(last=False)
 
-    def _bounds(self) -> ResourceLimits:
+    def _bounds(self, memory_factor: int) -> ResourceLimits:
         """Return what the interpreter itself enforces; the clocks are watched from outside too."""
         limits = self._limits
         return {
             "max_feed_duration_secs": limits.wall_s if has_cpu_clock() else limits.cpu_s,
-            "max_memory": min(limits.memory_mb, MAX_MEMORY_MB) * 2**20,
+            "max_memory": min(limits.memory_mb, MAX_MEMORY_MB) * memory_factor * 2**20,
             "max_recursion_depth": MAX_DEPTH,
             "max_suspensions": MAX_SUSPENSIONS,
             "max_total_sleep_secs": limits.wall_s,
