@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 from agent.sandbox.base import ReplayDiverged
-
-_ADDRESS = re.compile(r"\b0x[0-9a-f]{6,16}\b")
+from agent.sandbox.output import mask_addresses
 
 Seen = tuple[str, str | None, str]
 """Status, error and stdout of a run, addresses masked."""
@@ -45,7 +43,7 @@ class Cell:
 
 def seen(ran: Ran) -> Seen:
     """Return what a replay has to reproduce; memory addresses may differ."""
-    return ran.status, ran.error, _ADDRESS.sub("0x", ran.stdout)
+    return ran.status, ran.error, mask_addresses(ran.stdout)
 
 
 class History:

@@ -9,6 +9,20 @@ _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u20
 """Control characters but tab and newline, and characters that hide or reorder text."""
 
 
+_ADDRESS = re.compile(r"\b0x[0-9a-f]{6,16}\b")
+
+
+def mask_addresses(text: str) -> str:
+    """Leave memory addresses out, which differ from process to process.
+
+    Examples
+    --------
+    >>> mask_addresses("<A object at 0x7f00aa10>, 0x1f")
+    '<A object at 0x>, 0x1f'
+    """
+    return _ADDRESS.sub("0x", text)
+
+
 def show_controls(text: str) -> str:
     r"""Write control and invisible characters as escapes.
 

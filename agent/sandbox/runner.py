@@ -187,26 +187,40 @@ def send(control: socket.socket, frame: dict[str, str | None]) -> None:
     control.sendall(pack_size(len(body)) + body)
 
 
-def serve(control: socket.socket, cpu_s: float) -> None:
-    """Answer frames until the socket closes."""
-    spare_out, spare_err = dup(1), dup(2)
+def new_notebook() -> dict[str, object]:
+    """Make an empty ``__main__`` module and return its names."""
     notebook = types.ModuleType("__main__")
     sys.modules["__main__"] = notebook
-    names = notebook.__dict__
-    names["__builtins__"] = builtins
+    notebook.__dict__["__builtins__"] = builtins
+    return notebook.__dict__
+
+
+def run_captured(
+    code: str, number: int, names: dict[str, object], outputs: tuple[int, int], cpu_s: float
+) -> tuple[str, str | None]:
+    """Run a cell whose prints go to two descriptors, whatever earlier cells did to the streams."""
+    if get_recursion_limit() < MIN_RECURSION_LIMIT:
+        set_recursion_limit(MIN_RECURSION_LIMIT)
+    fresh_streams(*outputs)
+    allow_cpu(cpu_s)
+    status, error = run_cell(code, number, names)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BaseException:  # noqa: S112  (the code closed or replaced the stream)
+            continue
+    return status, error
+
+
+def serve(control: socket.socket, cpu_s: float) -> None:
+    """Answer frames until the socket closes."""
+    outputs = dup(1), dup(2)
+    names = new_notebook()
     send(control, {"token": "ready"})
     while True:
         request = loads(receive(control, unpack_size(receive(control, 4))[0]))
-        if get_recursion_limit() < MIN_RECURSION_LIMIT:
-            set_recursion_limit(MIN_RECURSION_LIMIT)
-        fresh_streams(spare_out, spare_err)
-        allow_cpu(cpu_s)
-        status, error = run_cell(request["code"], request["number"], names)
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except BaseException:  # noqa: S112  (the code closed or replaced the stream)
-                continue
+        code, number = request["code"], request["number"]
+        status, error = run_captured(code, number, names, outputs, cpu_s)
         send(control, {"token": request["token"], "status": status, "error": error})
 
 
