@@ -124,7 +124,7 @@ def submission(functions: Sequence[str], answer: str, steps: Sequence[Step] = ()
     >>> submission(["f"], "So:\n```python\ndef f():\n    return 1\n```\nTry\n```python\nf()\n```")
     'def f():\n    return 1\n'
     """
-    found = _blocks(answer) or [answer]
+    found = _blocks(answer) if _FENCED.search(answer) else [answer]
     for step in reversed(steps):
         codes = [_code(call.arguments) for call in step.calls if call.name == "python"]
         found = [part for code in codes for part in (_blocks(code) or [code])] + found
