@@ -28,6 +28,16 @@ COMMANDS = {
         "benchmarks.curves:compare",
         "learning curves of several arms over seeds",
     ),
+    "sql-gold": Command(
+        "benchmarks.sql_gold:SqlGoldConfig",
+        "benchmarks.sql_gold:check",
+        "right and wrong queries before the checker of sql tasks",
+    ),
+    "code-gold": Command(
+        "benchmarks.code_gold:CodeGoldConfig",
+        "benchmarks.code_gold:check",
+        "right and wrong solutions before the hidden tests of code tasks",
+    ),
 }
 
 if __name__ == "__main__":

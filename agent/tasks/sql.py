@@ -53,6 +53,8 @@ class SqlDomain:
         beside the file.
     sandbox : SandboxProvider
         Where gold and answered queries run.
+    limits : Limits, optional
+        Bounds of every one of them.
 
     Notes
     -----
@@ -70,14 +72,21 @@ class SqlDomain:
     right by these rules.
     """
 
-    def __init__(self, path: str, sandbox: SandboxProvider, *, databases: str = "") -> None:
+    def __init__(
+        self,
+        path: str,
+        sandbox: SandboxProvider,
+        *,
+        databases: str = "",
+        limits: Limits | None = None,
+    ) -> None:
         self.name = "sql"
         self.system_prompt = SYSTEM_PROMPT
         self.default_tools: tuple[str, ...] = ("sql",)
         self._path = Path(path)
         self._folder = Path(databases) if databases else self._path.parent / "database"
         self._sandbox = sandbox
-        self._limits = Limits()
+        self._limits = limits or Limits()
         self._gold: dict[tuple[Path, str], StatementResult] = {}
 
     def load(self, *, split: Split, first: int, count: int | None) -> Sequence[Task]:

@@ -21,6 +21,7 @@ _TOKEN = re.compile(
 )
 _FENCE = re.compile(r"```[ \t]*(\w*)[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _ANSWER = re.compile(r"\banswer\b[^\n:]{0,40}:", re.IGNORECASE)
+_INLINE = re.compile(r"`([^`]+)`\.?")
 _QUERY = re.compile(r"\s*(?:select|with|values)\b", re.IGNORECASE)
 _PLAIN_NAME = re.compile(r"[A-Za-z_]\w*")
 
@@ -84,7 +85,9 @@ def query_in(text: str) -> str | None:
             return found[-1]
     after = [text[match.end() :] for match in _ANSWER.finditer(text)]
     if after:
-        return after[-1].strip().strip("*`").strip() or None
+        answer = after[-1].strip().removeprefix("**").strip()
+        inline = _INLINE.fullmatch(answer)
+        return (inline[1].strip() if inline else answer) or None
     return text.strip() if _QUERY.match(text) else None
 
 
