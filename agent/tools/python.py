@@ -91,8 +91,8 @@ def observation_text(result: Result, limits: Limits) -> str:
     1
     [timed out: 5 s of CPU time. Variables are as before this call.]
     """
-    over_cpu = result.cpu_s >= limits.cpu_s
-    limit = f"{limits.cpu_s:g} s of CPU time" if over_cpu else f"{limits.wall_s:g} s"
+    over_wall = result.wall_s >= limits.wall_s  # the clock of the CPU may stop just below its limit
+    limit = f"{limits.wall_s:g} s" if over_wall else f"{limits.cpu_s:g} s of CPU time"
     notes = {
         "timeout": f"timed out: {limit}",
         "crash": "the interpreter died",

@@ -116,8 +116,8 @@ def observation_text(reply: Reply, limits: Limits) -> str:
     >>> print(observation_text(Reply(status="timeout", cpu_s=5.0), Limits()))
     [timed out: 5 s of CPU time. The database is as before this call.]
     """
-    over_cpu = reply.cpu_s >= limits.cpu_s
-    limit = f"{limits.cpu_s:g} s of CPU time" if over_cpu else f"{limits.wall_s:g} s"
+    over_wall = reply.wall_s >= limits.wall_s  # the clock of the CPU may stop just below its limit
+    limit = f"{limits.wall_s:g} s" if over_wall else f"{limits.cpu_s:g} s of CPU time"
     notes = {
         "timeout": f"timed out: {limit}",
         "crash": "the database process died",

@@ -28,7 +28,8 @@ MAX_STATES = 64
 SANDBOX_UID = 60123
 """Whom root becomes inside: a number that no user or service of a distribution has."""
 PRELOAD = ("numpy", "numpy.random", "sympy", "random", "fractions", "decimal", "statistics",
-           "collections", "itertools", "functools", "datetime", "re", "json")  # fmt: skip
+           "collections", "itertools", "functools", "datetime", "re", "json", "sqlite3", "hashlib",
+           "zlib", "base64")  # fmt: skip
 """Imported once for all cells, where installed."""
 _SYSTEM_PATHS = (
     "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache",
