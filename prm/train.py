@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from accelerate import Accelerator
+import torch
+from accelerate import Accelerator, DistributedType
 from rich.console import Console
 from scipy.special import logit
 from sklearn.model_selection import GroupShuffleSplit
@@ -91,7 +92,8 @@ class TrainConfig:
     seed: int = 0
     device: Device = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of forward passes; auto is float32 on CPU and bfloat16 on GPU. Weights stay float32."""
+    """Of forward passes; auto is float32 on CPU and bfloat16 on GPU. Trained weights are float32,
+    those that LoRA leaves alone have the format of the passes."""
     track: Literal["wandb", "jsonl", "none"] = "none"
     """Where curves go."""
 
@@ -178,6 +180,8 @@ def _train(
         assert isinstance(model, PreTrainedModel)
         model = add_lora(model, rank=config.lora_rank, seed=config.seed)
     options = _fit_options(config, model, split, tokenizer.pad_token_id)
+    if options.bfloat16 and accelerator.distributed_type is not DistributedType.FSDP:
+        _halve_frozen(model)  # FSDP shards weights of one number format only
     fitter = Fitter(
         model, head, options=options, folder=config.out / STATE, accelerator=accelerator
     )
@@ -204,6 +208,13 @@ def _train(
             f"training broke down ({done.diverged}); checkpoint: {kept}; train again in another "
             f"folder with a --learning-rate below {options.learning_rate:.2g}"
         )
+
+
+def _halve_frozen(model: nn.Module) -> None:
+    """Hold what is not trained in bfloat16, the format forward passes use anyway."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def prepare(
@@ -312,7 +323,7 @@ def _save(
     base_rate: float,
 ) -> None:
     """Merge, calibrate on the held-out part, write the folder and remove the resumable state."""
-    model = merge_lora(fitter.raw_model)
+    model = merge_lora(fitter.raw_model.float())
     head, done, options = fitter.head, fitter.done, fitter.options
     held_out = predict(  # in float32, as scoring does
         model, split.held_out, head, batch_tokens=options.batch_tokens, pad_id=options.pad_id

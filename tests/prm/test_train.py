@@ -2,6 +2,8 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from prm.checkpoint import is_checkpoint, load_metadata, load_tasks
 from prm.heads import HEADS
@@ -84,9 +86,12 @@ def test_another_run_does_not_continue_in_the_folder(base, labels, tmp_path):
         train(replace(config, learning_rate=1e-4))
 
 
-def test_lora_leaves_a_plain_folder(base, labels, tmp_path):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_lora_leaves_a_plain_folder(base, labels, tmp_path, precision):
     config = small_config(base, labels, tmp_path / "prm", lora_rank=4, learning_rate=1e-2, epochs=3)
-    train(config)
+    train(replace(config, precision=precision))
+    saved = load_file(config.out / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
     names = {p.name for p in config.out.iterdir()}
     assert "adapter_config.json" not in names
     training = load_metadata(config.out).training
