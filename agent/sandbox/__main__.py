@@ -13,6 +13,11 @@ COMMANDS = {
         "agent.sandbox.check:check",
         "hostile inputs against a backend: did each end as expected?",
     ),
+    "bench": Command(
+        "agent.sandbox.bench:BenchConfig",
+        "agent.sandbox.bench:bench",
+        "latency, throughput and memory of a backend",
+    ),
 }
 
 if __name__ == "__main__":

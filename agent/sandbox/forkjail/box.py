@@ -8,15 +8,12 @@ closes or its parent dies, and everything in it with it.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import resource
 import select
 import shutil
 import signal
 import socket
-import struct
 import tempfile
 import traceback
 from _socket import socket as RawSocket
@@ -30,22 +27,17 @@ from agent.sandbox.forkjail import namespaces
 from agent.sandbox.forkjail.cell import DIED, Confinement, read_text, run_first
 from agent.sandbox.forkjail.facts import holds_descriptors, scratch_mark, usage
 from agent.sandbox.forkjail.frames import Reader, close_all, receive_from_cell, send
-from agent.sandbox.forkjail.seccomp import SNAPSHOT_FLAGS
+from agent.sandbox.forkjail.gate import answer
 from agent.sandbox.forkjail.syscalls import (
-    CONDITIONAL,
     PR_SET_CHILD_SUBREAPER,
     PR_SET_DUMPABLE,
     PR_SET_PDEATHSIG,
-    numbers,
     prctl,
-    this_machine,
 )
 
 QUOTA_CHECK_S = 0.05
-_NOTIFICATION = struct.Struct("<QIIiIQQQQQQQ")
-_ANSWER = struct.Struct("<QqiI")
-_RECEIVE, _ANSWER_IT, _CONTINUE = 0xC0502100, 0xC0182101, 1
-_CLONE = numbers(CONDITIONAL, this_machine())["clone"]
+ASLEEP_S = 1.0
+"""How long a snapshot that cloned itself may take to say so before it is given up."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -62,6 +54,8 @@ class _State:
     """Whether its cell is over and it waits as a snapshot."""
     forked: bool = False
     """Whether a cell has been run from it."""
+    awake: bool = False
+    """Whether it was woken to clone itself and has not been stopped again."""
     why: str = ""
     """Why this box killed it."""
     quiet: bool = False
@@ -91,7 +85,7 @@ class BoxInit:
         self._states: dict[int, _State] = {}
         self._by_fd: dict[int, _State] = {}
         self._gates: set[int] = set()
-        self._grants: dict[int, int] = {}
+        self._granted: set[int] = set()
         self._poll = select.poll()
         self._seen = self._scratch_mark()
 
@@ -137,7 +131,7 @@ class BoxInit:
     def _run(self, number: int, parent: int, cell: int, descriptors: list[int]) -> None:
         """Start a cell from a state (0: the empty one)."""
         origin = self._states.get(parent)
-        if parent and (origin is None or (origin.forked and holds_descriptors(origin.pid))):
+        if parent and (origin is None or (origin.forked and not self._can_clone_again(origin))):
             send(self._hub, {"t": "no_parent", "state": number})
             return
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -157,6 +151,13 @@ class BoxInit:
             theirs.close()
         self._states[number] = self._by_fd[ours.fileno()] = state
         self._poll.register(ours, select.POLLIN)
+
+    def _can_clone_again(self, origin: _State) -> bool:
+        """Tell whether a snapshot sleeps and holds nothing that its clones would share."""
+        if origin.awake:  # cloned a moment ago, and closing what was passed to it
+            select.select([origin.sock], [], [], ASLEEP_S)
+            self._hear(origin)
+        return not origin.awake and not holds_descriptors(origin.pid)
 
     def _fork_first(self, theirs: socket.socket, descriptors: list[int]) -> int:
         """Fork the process of a first cell and return its pid."""
@@ -186,8 +187,8 @@ class BoxInit:
     ) -> None:
         """Wake a snapshot and ask it to clone itself."""
         out, err, source = descriptors
-        origin.forked = True
-        self._grants[origin.pid] = 1
+        origin.forked = origin.awake = True
+        self._granted.add(origin.pid)
         self._allow_processes(origin, self._jail.threads + self._jail.max_states)
         os.kill(origin.pid, signal.SIGCONT)
         passed = [out, err, theirs.fileno(), source]
@@ -209,7 +210,7 @@ class BoxInit:
             return
         origin = self._states.get(state.parent)
         if origin is not None:
-            self._grants.pop(origin.pid, None)
+            self._granted.discard(origin.pid)
             origin.quiet = True
             self._kill(origin)
         self._forget(state)
@@ -233,9 +234,11 @@ class BoxInit:
             return
         if not state.started:
             self._begin(state, pid, gates)
-        elif not state.over:  # whatever it sends: it is stopped, and cannot run on
+        elif state.over:  # a snapshot that has cloned itself
+            self._put_to_sleep(state)
+        else:  # whatever it sends: it is stopped, and cannot run on
             state.over = True
-            os.kill(state.pid, signal.SIGSTOP)
+            self._put_to_sleep(state)
             self._report(state, data)
 
     def _begin(self, state: _State, pid: int, gates: list[int]) -> None:
@@ -250,12 +253,15 @@ class BoxInit:
             state.sock.send(b"1")
         if not state.pid:
             state.pid = pid
-            origin = self._states.get(state.parent)
-            if origin is not None:
-                os.kill(origin.pid, signal.SIGSTOP)
         alive = sum(1 for other in self._states.values() if other.pid)
         self._allow_processes(state, self._jail.threads + alive)
         send(self._hub, {"t": "started", "state": state.number})
+
+    def _put_to_sleep(self, state: _State) -> None:
+        """Stop a process that has no cell to run, and the threads it left behind."""
+        state.awake = False
+        with suppress(ProcessLookupError):
+            os.kill(state.pid, signal.SIGSTOP)
 
     def _report(self, state: _State, data: bytes) -> None:
         """Pass on what a cell says of its end, with what the kernel knows."""
@@ -272,23 +278,10 @@ class BoxInit:
 
     def _answer(self, gate: int, event: int) -> None:
         """Let a snapshot clone itself if that was asked for; refuse every other fork."""
-        question = bytearray(_NOTIFICATION.size)
-        try:
-            fcntl.ioctl(gate, _RECEIVE, question)
-        except OSError:
-            if event & (select.POLLHUP | select.POLLERR):
-                self._poll.unregister(gate)
-                self._gates.discard(gate)
-                os.close(gate)
-            return
-        values = _NOTIFICATION.unpack(question)
-        identity, pid, call, flags = values[0], values[1], values[3], values[6]
-        granted = call == _CLONE and flags == SNAPSHOT_FLAGS and self._grants.pop(pid, 0) > 0
-        verdict = (0, _CONTINUE) if granted else (-errno.EPERM, 0)
-        try:
-            fcntl.ioctl(gate, _ANSWER_IT, _ANSWER.pack(identity, 0, *verdict))
-        except OSError:  # it died meanwhile
-            return
+        if not answer(gate, self._granted) and event & (select.POLLHUP | select.POLLERR):
+            self._poll.unregister(gate)
+            self._gates.discard(gate)
+            os.close(gate)
 
     def _reap(self, wake: int) -> None:
         """Take note of the dead."""
@@ -316,8 +309,8 @@ class BoxInit:
     # -- limits and facts
 
     def _running(self) -> list[_State]:
-        """Return the states whose cells are being run."""
-        return [s for s in self._states.values() if s.started and not s.over and s.pid]
+        """Return the states whose processes are not asleep."""
+        return [s for s in self._states.values() if s.started and (s.awake or not s.over)]
 
     def _patience(self) -> int | None:
         """Return how long to sleep, milliseconds; None while nothing runs."""
@@ -334,6 +327,7 @@ class BoxInit:
         for state in self._running():
             if (cpu_seconds(state.pid) or 0.0) >= self._cpu_s:
                 state.why = state.why or "cpu"
+                state.quiet = state.quiet or state.over
                 self._kill(state)
         if (
             not self._jail.own_namespaces
@@ -346,16 +340,14 @@ class BoxInit:
 
     def _kill(self, state: _State) -> None:
         """Kill a state's process."""
-        try:
+        with suppress(ProcessLookupError):  # dead already; the reaper will find it
             if state.pid:
                 os.kill(state.pid, signal.SIGKILL)
-        except ProcessLookupError:  # dead already; the reaper will find it
-            return
 
     def _forget(self, state: _State) -> None:
         """Close what is kept for a state."""
         self._states.pop(state.number, None)
-        self._grants.pop(state.pid, None)
+        self._granted.discard(state.pid)
         if self._by_fd.pop(state.sock.fileno(), None) is not None:
             self._poll.unregister(state.sock)
         state.sock.close()

@@ -15,6 +15,7 @@ import os
 import random
 import sys
 import types
+from _random import Random as CRandom
 from _socket import CMSG_SPACE
 from _socket import socket as RawSocket
 from array import array
@@ -22,7 +23,7 @@ from builtins import BaseException, OSError, int, str  # noqa: UP029  (see above
 from dataclasses import dataclass
 from os import _exit, close, read
 from os import open as open_file
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from agent.sandbox.forkjail import landlock, namespaces, seccomp
 from agent.sandbox.forkjail.syscalls import (
@@ -42,7 +43,7 @@ from agent.sandbox.runner import (
     set_recursion_limit,
 )
 
-READY, DIED = b"ready", 120
+READY, PARKED, DIED = b"ready", b"parked", 120
 SIGKILL = 9
 _SPARES = 6
 _WITH_GIL = ctypes.PyDLL(None)  # a clone made without the lock would wait for it for ever
@@ -52,6 +53,8 @@ _after_fork_parent = _WITH_GIL.PyOS_AfterFork_Parent
 _call_system = _WITH_GIL.syscall
 _prctl = ctypes.CDLL(None).prctl
 _send, _receive, _close_socket = RawSocket.send, RawSocket.recvmsg, RawSocket.close
+_generator: Any = random._inst
+_random_state, _set_random_state = CRandom.getstate, CRandom.setstate
 _ROOM = CMSG_SPACE(16 * 4)
 _from_bytes = array.frombytes
 
@@ -172,7 +175,11 @@ def _park(control: RawSocket, spares: list[int]) -> tuple[RawSocket, str, int]:
         received = array("i")
         for _, _, content in extras:
             _from_bytes(received, content)
+        numbers_to_come = _random_state(_generator), _generator.gauss_next
         if clone(seccomp.SNAPSHOT_FLAGS) == 0:
+            # `random` seeds itself anew in every fork, but this one is the same episode.
+            _set_random_state(_generator, numbers_to_come[0])
+            _generator.gauss_next = numbers_to_come[1]
             _prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
             _close_socket(control)
             out, err, sock, source = received
@@ -185,6 +192,7 @@ def _park(control: RawSocket, spares: list[int]) -> tuple[RawSocket, str, int]:
             return mine, code, int(data)
         for fd in received:
             close(fd)
+        _send(control, PARKED)  # the box may stop this process now
 
 
 def read_text(fd: int) -> str:

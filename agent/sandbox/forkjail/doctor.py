@@ -144,7 +144,7 @@ def usable_tier() -> tuple[str | None, str]:
 
     The answer is kept for the life of the process.
     """
-    reasons = []
+    reasons: list[str] = []
     for tier in TIERS:
         finding = probe(tier)
         if finding.usable:
