@@ -7,12 +7,27 @@ from dataclasses import replace
 
 import pytest
 
-from agent.sandbox import SANDBOXES, build_sandbox
+from agent.sandbox import SANDBOXES, SERVERS, build_sandbox
 from agent.sandbox.base import Limits
+from tests.agent.sandbox.fusion_server import FusionServer
 from trajectory.errors import InputError
 
 LIMITS = Limits(cpu_s=0.6, wall_s=30, memory_mb=512, output_chars=400, file_mb=1)
-pytestmark = pytest.mark.parametrize("backend", sorted(SANDBOXES))
+pytestmark = pytest.mark.parametrize("backend", sorted({*SANDBOXES, *SERVERS}), indirect=True)
+
+
+@pytest.fixture(scope="module")
+def fusion_url():
+    with FusionServer() as server:
+        yield server.url
+
+
+@pytest.fixture
+def backend(request):
+    """The name to choose the backend with; those on a server get one."""
+    if request.param in SERVERS:
+        return f"{request.param}:{request.getfixturevalue('fusion_url')}"
+    return request.param
 
 
 @asynccontextmanager
@@ -42,7 +57,7 @@ def results(backend, *codes, seed=0):
 
 def test_the_backend_says_its_name_and_isolation(backend):
     sandbox = build_sandbox(backend, allow_unsafe=True)
-    assert sandbox.name == backend
+    assert sandbox.name == backend.partition(":")[0]
     assert sandbox.isolation
 
 
@@ -51,7 +66,7 @@ def test_a_backend_without_isolation_needs_the_users_word(backend):
         with pytest.raises(InputError, match="--allow-unsafe-tools"):
             build_sandbox(backend, allow_unsafe=False)
     else:
-        assert build_sandbox(backend, allow_unsafe=False).name == backend
+        assert build_sandbox(backend, allow_unsafe=False).name == backend.partition(":")[0]
 
 
 def test_state_lasts_from_run_to_run(backend):
