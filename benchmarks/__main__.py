@@ -8,6 +8,11 @@ COMMANDS = {
         "benchmarks.throughput:throughput",
         "generated tokens per second of an engine, by batch size",
     ),
+    "feeding": Command(
+        "benchmarks.busy:BusyConfig",
+        "benchmarks.busy:feeding",
+        "how busy labelling keeps its engine, and what an optimization step takes",
+    ),
     "demo": Command(
         "benchmarks.demo:DemoConfig",
         "benchmarks.demo:report",
