@@ -1,7 +1,8 @@
 """``python -m benchmarks sql-gold``: how well the checker of `sql` tasks tells right from wrong.
 
 Every gold query is graded, which must give 1, and every changed gold query whose result really
-differs, which must give 0; changed queries with the same result must give 1. What differs is
+differs, which must give 0. Changed queries with the same result, and the gold result copied as
+constants, give 1 on one database; they count what ``thinned`` copies find. What differs is
 decided by running both in this process and comparing in another way than the checker.
 """
 
@@ -24,7 +25,7 @@ from agent.tasks import parse_tasks
 from agent.tasks.base import TaskDomain
 from agent.tools.base import ToolFailure
 from agent.tools.sql_database import database_path, read_database
-from benchmarks.sql_perturbations import perturbations, really_differ, run
+from benchmarks.sql_perturbations import copied, perturbations, really_differ, run
 from trajectory.atomic import atomic_path
 from trajectory.errors import InputError
 from trajectory.progress import progress
@@ -36,7 +37,7 @@ class SqlGoldConfig:
     """Grade every gold query, and wrong variants of it."""
 
     tasks: str
-    """Task source: sql:FILE.jsonl or sql:FILE.jsonl,databases=FOLDER."""
+    """Task source: sql:FILE.jsonl or sql:FILE.jsonl,databases=FOLDER,thinned=NUMBER."""
     first_task: int = 0
     """Index of the first task used."""
     num_tasks: int | None = None
@@ -71,8 +72,8 @@ class SqlGoldReport:
     counts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     """By kind of change: ``tried``, ``failed`` (no result), ``differ``, ``rejected``, ``same``,
     ``accepted``."""
-    disagreements: list[dict[str, str]] = field(default_factory=list)
-    """Changed queries that were judged otherwise than they should."""
+    misjudged: list[dict[str, str]] = field(default_factory=list)
+    """Changed queries whose result differs and which were judged right."""
 
 
 def check(config: SqlGoldConfig) -> SqlGoldReport:
@@ -114,6 +115,8 @@ async def _check(config: SqlGoldConfig) -> SqlGoldReport:
             await asyncio.gather(*map(one, tasks))
     finally:
         await sandbox.close()
+    for names in (report.gold_wrong, report.gold_empty, report.indistinct):
+        names.sort()
     return report
 
 
@@ -136,7 +139,7 @@ async def _check_task(domain: TaskDomain, task: Task, report: SqlGoldReport) -> 
         if not gold[1]:
             report.gold_empty.append(task.task_id)
         distinct = False
-        for change in perturbations(task.answer):
+        for change in filter(None, (*perturbations(task.answer), copied(gold[1]))):
             counts = report.counts[change.kind]
             counts["tried"] += 1
             changed = run(connection, change.query)
@@ -145,12 +148,12 @@ async def _check_task(domain: TaskDomain, task: Task, report: SqlGoldReport) -> 
                 continue
             differs = really_differ(task.answer, gold, changed)
             distinct = distinct or (differs and change.kind != "columns")
-            verdict = await domain.grade(task, change.query)
+            right = await domain.grade(task, change.query) == 1.0
             counts["differ" if differs else "same"] += 1
-            if verdict == float(not differs):
-                counts["rejected" if differs else "accepted"] += 1
-            else:
-                report.disagreements.append({"task": task.task_id, "query": change.query})
+            counts["rejected"] += differs and not right
+            counts["accepted"] += right and not differs
+            if differs and right:
+                report.misjudged.append({"task": task.task_id, "query": change.query})
     if not distinct:
         report.indistinct.append(task.task_id)
 
@@ -164,7 +167,7 @@ def _tasks_table(report: SqlGoldReport) -> Table:
         ("gold judged wrong", len(report.gold_wrong)),
         ("gold returns no row", len(report.gold_empty)),
         ("no changed query differs in its rows", len(report.indistinct)),
-        ("changed queries misjudged", len(report.disagreements)),
+        ("differing queries judged right", len(report.misjudged)),
     )
     for name, number in rows:
         table.add_row(name, str(number))

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from agent.tasks.sql_text import Token, orders_rows, tokens
 
+MAX_COPIED_ROWS = 20
+"""A model sees no more of a result."""
 MAX_SECONDS = 5.0
 """CPU time of one query, seconds."""
 _CLAUSES = {"group", "order", "limit", "having", "union", "intersect", "except"}
@@ -35,7 +37,8 @@ class Perturbation:
     """A change of a query."""
 
     kind: str
-    """What was changed: constant, limit, where, aggregate, order, distinct, rows or columns."""
+    """What was changed: constant, limit, where, aggregate, order, distinct, rows or columns; or
+    ``copied`` for constants in place of the query."""
     query: str
 
 
@@ -67,6 +70,31 @@ def perturbations(query: str) -> Iterator[Perturbation]:
             yield _replaced("constant", pieces, index, "'no such value'")
     for kind, frame in _FRAMES:
         yield Perturbation(kind=kind, query=frame.replace("GOLD", f"({query})"))
+
+
+def copied(rows: Sequence[Sequence[object]]) -> Perturbation | None:
+    """Return a query that holds a result as constants; None if there is nothing to copy.
+
+    Examples
+    --------
+    >>> copied([(1, "it's"), (None, b"x")])
+    Perturbation(kind='copied', query="VALUES (1, 'it''s'), (NULL, X'78')")
+    """
+    if not rows or len(rows) > MAX_COPIED_ROWS:
+        return None
+    lines = (f"({', '.join(map(_literal, row))})" for row in rows)
+    return Perturbation(kind="copied", query=f"VALUES {', '.join(lines)}")
+
+
+def _literal(value: object) -> str:
+    """Write a value as SQL."""
+    if value is None:
+        return "NULL"
+    if isinstance(value, bytes):
+        return f"X'{value.hex()}'"
+    return (
+        repr(value) if isinstance(value, int | float) else "'" + str(value).replace("'", "''") + "'"
+    )
 
 
 def run(connection: sqlite3.Connection, query: str) -> tuple[int, list[tuple[object, ...]]] | None:

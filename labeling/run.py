@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,7 +27,7 @@ from labeling.ledger import Ledger
 from trajectory.errors import InputError
 from trajectory.progress import progress
 from trajectory.records import LabelledTrajectory, Task, Trajectory
-from trajectory.run import MANIFEST, config_dict, open_run, read_manifest
+from trajectory.run import MANIFEST, RunFolder, config_dict, open_run, read_manifest
 from trajectory.store import JsonlWriter, read_jsonl, repair_tail, write_labels
 
 TRAJECTORIES = "trajectories.jsonl"
@@ -125,7 +126,7 @@ def label(config: LabelConfig, *, engine: Engine | None = None) -> LabelReport:
             run.finish(finished)
             console.print(f"{config.out} is finished already: nothing left to do", soft_wrap=True)
             return LabelReport(counts=finished, already_finished=True)
-        report = asyncio.run(_label(config, tasks, run.path, engine))
+        report = asyncio.run(_label(config, tasks, run, engine))
         run.finish(report.counts)
     _show(report, console)
     return report
@@ -165,16 +166,18 @@ def _finished_counts(out: Path) -> Mapping[str, int] | None:
 def _parents(config: LabelConfig) -> list[Path]:
     """Return the files and folders that the run reads."""
     source = config.agent.tasks
-    files = [Path(text) for text in (source, source.partition(":")[2]) if Path(text).is_file()]
+    names = dict.fromkeys([source, source.partition(":")[2], *re.split("[:,=]", source)])
+    files = [path for path in map(Path, names) if path.is_file()]
     given = [] if config.trajectories is None else [config.trajectories]
     return [Path(config.agent.policy), *files, *given]
 
 
 async def _label(
-    config: LabelConfig, tasks: Sequence[Task], out: Path, engine: Engine | None
+    config: LabelConfig, tasks: Sequence[Task], run: RunFolder, engine: Engine | None
 ) -> LabelReport:
     """Collect what is missing and freeze the labels."""
-    async with open_agent(config.agent, engine=engine) as agent:
+    out = run.path
+    async with open_agent(config.agent, engine=engine, run=run) as agent:
         _refuse_irreversible(agent)
         path = out / TRAJECTORIES
         cut = repair_tail(path)

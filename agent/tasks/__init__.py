@@ -49,12 +49,14 @@ def _sql(rest: str, sandbox: SandboxProvider) -> TaskDomain:
 
     path, _, text = rest.partition(",")
     options = _options(text)
-    if not path or options.keys() - {"databases"}:
+    thinned = options.get("thinned", "0")
+    if not path or options.keys() - {"databases", "thinned"} or not thinned.isdecimal():
         raise InputError(
-            "'sql' takes a file and an option: write sql:FILE.jsonl or "
-            "sql:FILE.jsonl,databases=FOLDER"
+            "'sql' takes a file and two options: write sql:FILE.jsonl or "
+            "sql:FILE.jsonl,databases=FOLDER,thinned=NUMBER"
         )
-    return SqlDomain(path, sandbox, databases=options.get("databases", ""))
+    databases = options.get("databases", "")
+    return SqlDomain(path, sandbox, databases=databases, thinned=int(thinned))
 
 
 def _code(rest: str, sandbox: SandboxProvider) -> TaskDomain:

@@ -51,6 +51,9 @@ class SqlDomain:
     databases : str, optional
         Folder with the files ``DB_ID.sqlite`` (or ``DB_ID/DB_ID.sqlite``); default: ``database``
         beside the file.
+    thinned : int, default=0
+        Copies of the database, each without about half of its rows, on which an answer has to
+        return what the gold query does as well.
     sandbox : SandboxProvider
         Where gold and answered queries run.
     limits : Limits, optional
@@ -68,8 +71,9 @@ class SqlDomain:
     - Two integers are equal if they are the same, other numbers within 1e-6 (or 1e-9 of the
       larger): 1 equals 1.0. NULL equals NULL alone. Texts are compared exactly.
 
-    What equals the gold result on this database alone, like a constant copied from a result, is
-    right by these rules.
+    What equals the gold result on this database alone, like a constant copied from what the tool
+    showed, is right by these rules; ``thinned`` copies find most of that. They may also reject a
+    right query where the gold query leaves a choice, as among equals under a LIMIT.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class SqlDomain:
         sandbox: SandboxProvider,
         *,
         databases: str = "",
+        thinned: int = 0,
         limits: Limits | None = None,
     ) -> None:
         self.name = "sql"
@@ -87,7 +92,8 @@ class SqlDomain:
         self._folder = Path(databases) if databases else self._path.parent / "database"
         self._sandbox = sandbox
         self._limits = limits or Limits()
-        self._gold: dict[tuple[Path, str], StatementResult] = {}
+        self._thinned = thinned
+        self._gold: dict[tuple[Path, str, int], StatementResult] = {}
 
     def load(self, *, split: Split, first: int, count: int | None) -> Sequence[Task]:
         """Return tasks ``first .. first + count`` of a split (all when count is None).
@@ -116,25 +122,32 @@ class SqlDomain:
         """
         if len(answer) > MAX_QUERY_CHARS:
             return 0.0
-        gold = await self._gold_result(task)
+        for copy in range(self._thinned + 1):
+            if not await self._agrees(task, answer, copy):
+                return 0.0
+        return 1.0
+
+    async def _agrees(self, task: Task, answer: str, copy: int) -> bool:
+        """Compare with the gold query on one copy; 0 is the whole database."""
+        gold = await self._gold_result(task, copy)
         caps = Caps(
             rows=gold.num_rows,
             columns=gold.num_columns,
             chars=ANSWER_CHARS,
             cell_chars=GOLD_CAPS.cell_chars,
         )
-        given = _only_result(await self._run(task, answer, caps))
+        given = _only_result(await self._run(task, answer, copy, caps))
         if given is None or given.num_columns != gold.num_columns:
-            return 0.0
+            return False
         if given.num_rows != gold.num_rows or not _is_complete(given):
-            return 0.0
-        return float(same_rows(gold.rows, given.rows, ordered=orders_rows(task.answer)))
+            return False
+        return same_rows(gold.rows, given.rows, ordered=orders_rows(task.answer))
 
-    async def _gold_result(self, task: Task) -> StatementResult:
+    async def _gold_result(self, task: Task, copy: int) -> StatementResult:
         """Return what the gold query gives."""
-        key = database_path(task), task.answer
+        key = database_path(task), task.answer, copy
         if key not in self._gold:
-            reply = await self._run(task, task.answer, GOLD_CAPS)
+            reply = await self._run(task, task.answer, copy, GOLD_CAPS)
             result = _only_result(reply)
             if result is None or not _is_complete(result):
                 raise ToolFailure(
@@ -146,13 +159,15 @@ class SqlDomain:
             self._gold[key] = result
         return self._gold[key]
 
-    async def _run(self, task: Task, query: str, caps: Caps) -> Reply:
+    async def _run(self, task: Task, query: str, copy: int, caps: Caps) -> Reply:
         """Run a query on a fresh copy of a task's database."""
         try:
             packed = packed_database(database_path(task))
         except InputError as error:
             raise ToolFailure(str(error)) from error
-        box = await SqlBox.open(self._sandbox(), self._limits, packed, seed=0, read_only=True)
+        box = await SqlBox.open(
+            self._sandbox(), self._limits, packed, seed=0, read_only=True, thinned=copy
+        )
         try:
             return await box.query(query, caps)
         finally:

@@ -71,7 +71,14 @@ class SqlBox:
 
     @classmethod
     async def open(
-        cls, sandbox: Sandbox, limits: Limits, packed: str, *, seed: int, read_only: bool = False
+        cls,
+        sandbox: Sandbox,
+        limits: Limits,
+        packed: str,
+        *,
+        seed: int,
+        read_only: bool = False,
+        thinned: int = 0,
     ) -> SqlBox:
         """Open a copy of a database.
 
@@ -87,6 +94,8 @@ class SqlBox:
             Fixes ``random()``.
         read_only : bool, default=False
             Refuse writes.
+        thinned : int, default=0
+            Not 0: delete about half of the rows first, another half for each number.
 
         Raises
         ------
@@ -94,7 +103,7 @@ class SqlBox:
             If the sandbox broke or cannot hold the database.
         """
         heap_mb = max(1, min(MAX_HEAP_MB, limits.memory_mb // 2))
-        settings = f"seed={seed}, heap_mb={heap_mb}, read_only={read_only}"
+        settings = f"seed={seed}, heap_mb={heap_mb}, read_only={read_only}, thinned={thinned}"
         code = f"{PROGRAM}\ndatabase = Database({packed!r}, {settings})\n"
         try:
             session = await sandbox.open(replace(limits, output_chars=OUTPUT_CHARS), seed)

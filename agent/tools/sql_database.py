@@ -12,7 +12,7 @@ from pathlib import Path
 from trajectory.errors import InputError
 from trajectory.records import Task
 
-MAX_DATABASE_MB = 64
+MAX_DATABASE_MB = 32
 """Largest file, MiB: every session holds a copy in memory."""
 _MAGIC = b"SQLite format 3\0"
 _JOURNAL_MODE = slice(18, 20)

@@ -11,6 +11,7 @@ bug in SQLite could lead to, are the sandbox's matter.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import random
@@ -108,9 +109,13 @@ class Database:
         Most memory SQLite may use, MiB.
     read_only : bool
         Refuse writes too.
+    thinned : int, default=0
+        Not 0: first delete about half of the rows of every table, another half for each number.
     """
 
-    def __init__(self, packed: str, *, seed: int, heap_mb: int, read_only: bool) -> None:
+    def __init__(
+        self, packed: str, *, seed: int, heap_mb: int, read_only: bool, thinned: int = 0
+    ) -> None:
         connection = sqlite3.connect(":memory:", isolation_level=None, cached_statements=0)
         if packed:
             connection.deserialize(zlib.decompress(base64.b64decode(packed)))
@@ -119,8 +124,10 @@ class Database:
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
         connection.execute(f"PRAGMA hard_heap_limit = {heap_mb * 2**20}")
         connection.execute("PRAGMA temp_store = MEMORY")
-        connection.execute(f"PRAGMA query_only = {int(read_only)}")
         self._connection = connection
+        if thinned:
+            self._thin(random.Random(thinned))  # noqa: S311  (reproducible on purpose)
+        connection.execute(f"PRAGMA query_only = {int(read_only)}")
         self._fix_random(random.Random(seed))  # noqa: S311  (reproducible on purpose)
         self._fix_clock()
         self._guard = Guard()
@@ -193,6 +200,16 @@ class Database:
         if isinstance(problem, UnicodeError):
             return "the query holds characters that are no valid text"
         return str(problem)[:MAX_ERROR_CHARS] or type(problem).__name__
+
+    def _thin(self, dice: random.Random) -> None:
+        """Delete rows by tossing a coin."""
+        self._connection.create_function("toss", 0, lambda: dice.getrandbits(1))
+        tables = self._connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+        for (name,) in tables.fetchall():
+            quoted = '"' + name.replace('"', '""') + '"'
+            with contextlib.suppress(sqlite3.Error):  # SQLite's own tables
+                self._connection.execute(f"DELETE FROM {quoted} WHERE toss()")  # noqa: S608
+        self._connection.create_function("toss", 0, None)
 
     def _fix_random(self, dice: random.Random) -> None:
         """Make SQLite's random functions follow the seed."""

@@ -15,6 +15,7 @@ from trajectory.errors import InputError
         ("math:hf:owner/name", "math"),
         ("a.jsonl", "jsonl"),
         ("jsonl:a.txt", "jsonl"),
+        ("sql:a.jsonl,databases=b,thinned=2", "sql"),
         ("C:a.jsonl", "jsonl"),
     ],
 )
@@ -25,7 +26,7 @@ def test_a_specification_names_a_domain(spec, name):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("algebra", "unknown tasks 'algebra'; valid: arithmetic, jsonl, math"),
+        ("algebra", "unknown tasks 'algebra'; valid: arithmetic, .*jsonl, math"),
         ("", "unknown tasks ''"),
         ("math", "needs a source"),
         ("jsonl:", "needs a file"),

@@ -98,10 +98,11 @@ def test_a_bad_row_is_named(make, row, message):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("sql:", "takes a file and an option"),
-        ("sql", "takes a file and an option"),
+        ("sql:", "takes a file and two options"),
+        ("sql", "takes a file and two options"),
         ("sql:a.jsonl,folder=b", "databases=FOLDER"),
         ("sql:a.jsonl,databases=", "is no option"),
+        ("sql:a.jsonl,thinned=-1", "thinned=NUMBER"),
     ],
 )
 def test_a_bad_specification_is_refused(spec, message):
@@ -160,6 +161,24 @@ def test_what_is_not_one_query_that_works_is_wrong(make, answer):
 )
 def test_comments_beside_the_query_do_no_harm(make, answer):
     assert graded(make(), answer) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("gold", "coincidence"),
+    [
+        ("SELECT count(*) FROM pet", "SELECT 4"),
+        ("SELECT count(*) FROM pet", "SELECT count(*) + 2 FROM pet WHERE kind = 'dog'"),
+        ("SELECT name FROM pet WHERE id < 3", "VALUES ('Rex'), ('Tom')"),
+    ],
+)
+def test_thinned_copies_find_constants_and_coincidences(make, gold, coincidence):
+    _, task = make(gold)
+    grades = [
+        asyncio.run(SqlDomain("tasks.jsonl", UNSAFE, thinned=thinned).grade(task, answer))
+        for thinned in (0, 3)
+        for answer in (coincidence, gold.replace("pet", "pet AS p"))
+    ]
+    assert grades == [1.0, 1.0, 0.0, 1.0]
 
 
 def test_an_endless_answer_is_wrong(make):
@@ -350,8 +369,10 @@ def test_real_gold_is_right_and_changed_gold_is_wrong(shared, name):
             allow_unsafe_tools=True,
         )
     )
-    assert (report.gold_fails, report.gold_wrong, report.disagreements) == ({}, [], [])
-    assert sum(c["rejected"] for c in report.counts.values()) >= 2 * NUM_SAMPLED
+    assert (report.gold_fails, report.gold_wrong, report.misjudged) == ({}, [], [])
+    counts = report.counts.values()
+    assert sum(c["rejected"] for c in counts) >= 2 * NUM_SAMPLED
+    assert sum(c["same"] for c in counts) == sum(c["accepted"] for c in counts) > 0
 
 
 def test_perturbations_change_one_thing_each():
