@@ -22,10 +22,11 @@ class FusionServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, *, reads_while_waiting=True):
+    def __init__(self, *, reads_while_waiting=True, python=sys.executable):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.reads_while_waiting = reads_while_waiting
+        self.python = python
         self.faults = []
         """How the next requests fail, first to last; then the server works."""
         self.requests = []
@@ -95,7 +96,7 @@ def run_code(server, body):
             Path(folder, name).write_bytes(base64.b64decode(content))
         program = Path(folder, "tmpprogram.py")
         program.write_text(body["code"])
-        result = run_command(server, [sys.executable, program], folder, body["run_timeout"])
+        result = run_command(server, [server.python, program], folder, body["run_timeout"])
     failed = result["status"] == "TimeLimitExceeded" or result["return_code"] != 0
     return {
         "status": "Failed" if failed else "Success",

@@ -1,5 +1,6 @@
 """The sandboxfusion backend against a real server on loopback, sound and failing."""
 
+import ast
 import asyncio
 import json
 import os
@@ -306,6 +307,11 @@ def test_a_command_that_the_server_could_not_start_may_be_tried_again():
     run = {"status": "Error", "stderr": "no such file"}
     with pytest.raises(Unavailable):
         read_reply({"status": "SandboxError", "message": "m", "run_result": run}, "u")
+
+
+@pytest.mark.parametrize("name", ["fusion_program.py", *sandboxfusion.SENT])
+def test_what_is_sent_has_the_syntax_of_python_3_8(name, repository):
+    ast.parse((repository / "agent/sandbox" / name).read_text(), feature_version=(3, 8))
 
 
 def test_a_death_is_measured_from_the_end_of_the_repeated_cells():
