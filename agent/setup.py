@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -15,9 +15,9 @@ from agent.sandbox import AUTO, SandboxProvider
 from agent.tasks import parse_tasks
 from agent.tasks.base import Split
 from agent.tools import build_tools, check_tasks, tools_hash
-from agent.tools.base import Tool
 from trajectory.errors import InputError
 from trajectory.records import Sampling, Task
+from trajectory.run import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,14 +103,10 @@ def sandbox_of(config: AgentConfig) -> SandboxProvider:
     return SandboxProvider(config.sandbox, allow_unsafe=config.allow_unsafe_tools)
 
 
-def _isolation(tools: Sequence[Tool]) -> str:
-    """Return the isolation of the sandbox behind the tools, empty if none runs code."""
-    found = {str(getattr(tool, "isolation", "")) for tool in tools} - {""}
-    return ",".join(sorted(found))
-
-
 @asynccontextmanager
-async def open_agent(config: AgentConfig, *, engine: Engine | None = None) -> AsyncIterator[Agent]:
+async def open_agent(
+    config: AgentConfig, *, engine: Engine | None = None, run: RunFolder | None = None
+) -> AsyncIterator[Agent]:
     """Build the agent of a config and release its engine at the end.
 
     Parameters
@@ -119,10 +115,14 @@ async def open_agent(config: AgentConfig, *, engine: Engine | None = None) -> As
         Resolved flags.
     engine : Engine, optional
         Use this engine and leave it open, instead of making one.
+    run : RunFolder, optional
+        The run whose manifest is to say under which isolation code was run.
     """
     sandbox = sandbox_of(config)
     domain = parse_tasks(config.tasks, sandbox)
     tools = build_tools(config.tools or domain.default_tools, sandbox)
+    if run is not None:
+        run.stamp(sandbox.isolation)
     chat = ChatFormat.load(config.policy, tools=tools, kind=config.chat_format)
     made = engine or build_engine(
         config.engine,
@@ -146,7 +146,7 @@ async def open_agent(config: AgentConfig, *, engine: Engine | None = None) -> As
             system_prompt=(
                 domain.system_prompt if config.system_prompt is None else config.system_prompt
             ),
-            isolation=_isolation(tools),
+            isolation=sandbox.isolation,
         )
     finally:
         await sandbox.close()

@@ -22,7 +22,7 @@ from policy.rewards import outcome_reward
 from trajectory.errors import InputError
 from trajectory.progress import progress
 from trajectory.records import StopReason, Task, Trajectory
-from trajectory.run import config_dict, open_run
+from trajectory.run import RunFolder, config_dict, open_run
 from trajectory.seeds import derive_seed
 from trajectory.store import JsonlWriter, atomic_path, read_jsonl, repair_tail, write_jsonl
 
@@ -227,7 +227,7 @@ def evaluate(config: EvaluateConfig, *, engine: Engine | None = None) -> Evaluat
     tasks = load_tasks(config.agent)
     with ExitStack() as stack:
         done: list[Trajectory] = []
-        writer = None
+        writer, run = None, None
         if config.out is not None:
             run = stack.enter_context(
                 open_run(
@@ -239,10 +239,10 @@ def evaluate(config: EvaluateConfig, *, engine: Engine | None = None) -> Evaluat
             )
             done = _finished(config.out / TRAJECTORIES)
             writer = stack.enter_context(JsonlWriter(config.out / TRAJECTORIES))
-        asyncio.run(_sample(config, tasks, done, writer, engine))
+        asyncio.run(_sample(config, tasks, done, writer=writer, run=run, engine=engine))
         result = summarize(sorted(done, key=lambda t: t.trajectory_id), samples=config.samples)
-        if config.out is not None:
-            with atomic_path(config.out / EVALUATION) as temporary:
+        if run is not None:
+            with atomic_path(run.path / EVALUATION) as temporary:
                 temporary.write_text(json.dumps(asdict(result), indent=2) + "\n")
             run.finish({"episodes": result.episodes, "failed": result.failed})
     show(result, Console(), title=f"{config.agent.policy} on {config.agent.tasks}")
@@ -263,7 +263,9 @@ async def _sample(
     config: EvaluateConfig,
     tasks: Sequence[Task],
     done: list[Trajectory],
+    *,
     writer: JsonlWriter | None,
+    run: RunFolder | None,
     engine: Engine | None,
 ) -> None:
     """Run the missing episodes, appending each to ``done`` and to the file as it ends."""
@@ -271,7 +273,7 @@ async def _sample(
     missing = [s for s in _specs(config, tasks) if s.trajectory_id not in known]
     if not missing:
         return
-    async with open_agent(config.agent, engine=engine) as agent:
+    async with open_agent(config.agent, engine=engine, run=run) as agent:
         with progress("episodes", len(done) + len(missing), done=len(done)) as bar:
             solved = 0.0
             async for trajectory in run_episodes(

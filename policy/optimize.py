@@ -244,7 +244,7 @@ async def _optimize(
     restored = restore_state(run.path / STATE, model=learner.model, optimizer=learner.optimizer)
     start = restored.step if restored else 0
     _announce(config, learner, start)
-    async with open_agent(config.agent, engine=learner.engine) as agent:
+    async with open_agent(config.agent, engine=learner.engine, run=run) as agent:
         shop = _Workshop(
             config=config, tasks=tasks, scorer=scorer, learner=learner, agent=agent, out=run.path
         )

@@ -167,6 +167,7 @@ def synthesize(config: SynthesizeConfig) -> Path:
         raise InputError(f"{config.tasks!r} gives no task in split {config.split!r}")
     path = config.out / TRAJECTORIES
     with open_run(config.out, kind="synthesize", config=config_dict(config)) as run:
+        run.stamp(sandbox.isolation)
         counts = asyncio.run(_act(config, domain, tool, tasks, path, sandbox))
         run.finish(counts)
     if not counts["written"]:

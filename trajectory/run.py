@@ -78,6 +78,8 @@ class Manifest:
     """1 plus the number of resumptions."""
     counts: Mapping[str, int] = field(default_factory=dict)
     """What came out, dropped and failed items included."""
+    isolation: tuple[str, ...] = ()
+    """Isolations under which code of the policy was run here; ``none`` is no isolation."""
 
 
 class RunFolder:
@@ -96,6 +98,12 @@ class RunFolder:
     def finish(self, counts: Mapping[str, int]) -> None:
         """Mark the run finished and record what came out."""
         self._write(replace(self.manifest, status="finished", finished=_now(), counts=counts))
+
+    def stamp(self, isolation: str) -> None:
+        """Record the isolation under which code is about to be run; empty for no code."""
+        if isolation and isolation not in self.manifest.isolation:
+            known = (*self.manifest.isolation, isolation)
+            self._write(replace(self.manifest, isolation=known))
 
     def close(self) -> None:
         """Release the lock; may be called twice."""
@@ -192,7 +200,12 @@ def open_run(
         earlier = read_manifest(out) if (out / MANIFEST).exists() else None
         if earlier is not None:
             _check_same(out, earlier, manifest)
-            manifest = replace(manifest, started=earlier.started, starts=earlier.starts + 1)
+            manifest = replace(
+                manifest,
+                started=earlier.started,
+                starts=earlier.starts + 1,
+                isolation=earlier.isolation,
+            )
         run = RunFolder(out, manifest, resumed=earlier is not None, created=created, lock=lock)
         _write_manifest(out, manifest)
     except BaseException:

@@ -34,7 +34,8 @@ def _forkjail(allow_unsafe: bool) -> Sandbox:
     if tier is None:
         raise InputError(
             "this machine offers no isolation, so code written by the model is not run "
-            f"({reasons}); pass --allow-unsafe-tools to run it without isolation, or choose another --sandbox; "
+            f"({reasons}); pass --allow-unsafe-tools to run it without isolation, or choose "
+            "another --sandbox; "
             "`python -m agent.sandbox doctor` says more"
         )
     return ForkjailSandbox(own_namespaces=tier == "A", max_running=os.cpu_count() or 1)
@@ -128,6 +129,11 @@ class SandboxProvider:
         if self._made is None:
             self._made = build_sandbox(self._name, allow_unsafe=self._allow_unsafe)
         return self._made
+
+    @property
+    def isolation(self) -> str:
+        """That of the sandbox; empty while nothing has asked for one."""
+        return "" if self._made is None else self._made.isolation
 
     async def close(self) -> None:
         """End the sandbox, if one was made."""

@@ -106,11 +106,17 @@ class NotebookEngine(WalkerEngine):
         return f"I compute.\n<tool_call>\n{body}\n</tool_call>"
 
 
-def test_continuations_find_the_tool_in_the_state_the_prefix_left_it(lab, tmp_path):
+@pytest.mark.parametrize("sandbox", ["unsafe", "forkjail"])
+def test_continuations_find_the_tool_in_the_state_the_prefix_left_it(lab, tmp_path, sandbox):
     out = tmp_path / "labels"
     config = LabelConfig(
         agent=agent_config(
-            lab, tools=("python",), allow_unsafe_tools=True, num_tasks=3, concurrency=4
+            lab,
+            tools=("python",),
+            sandbox=sandbox,
+            allow_unsafe_tools=sandbox == "unsafe",
+            num_tasks=3,
+            concurrency=4,
         ),
         out=out,
         rollouts=2,
@@ -124,4 +130,6 @@ def test_continuations_find_the_tool_in_the_state_the_prefix_left_it(lab, tmp_pa
         if prefix:
             assert rollout.answer == kept[name].answer
             assert rollout.tool_calls == 2 - prefix
-    assert {t.meta["isolation"] for t in kept.values()} == {"none"}
+    (isolation,) = {t.meta["isolation"] for t in kept.values()}
+    assert (isolation == "none") == (sandbox == "unsafe")
+    assert read_manifest(out).isolation == (isolation,)

@@ -30,7 +30,7 @@ def test_a_tool_named_twice_is_refused():
 
 def test_python_without_isolation_needs_the_flag():
     with pytest.raises(InputError, match="--allow-unsafe-tools"):
-        build_tools(["python"])
+        build_tools(["python"], SandboxProvider("unsafe"))
 
 
 def test_the_hash_tells_tools_and_their_order_apart():
