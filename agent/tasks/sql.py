@@ -93,7 +93,7 @@ class SqlDomain:
         self._sandbox = sandbox
         self._limits = limits or Limits()
         self._thinned = thinned
-        self._gold: dict[tuple[Path, str, int], StatementResult] = {}
+        self._gold: dict[tuple[str, str, int], StatementResult] = {}
 
     def load(self, *, split: Split, first: int, count: int | None) -> Sequence[Task]:
         """Return tasks ``first .. first + count`` of a split (all when count is None).
@@ -136,7 +136,7 @@ class SqlDomain:
             chars=ANSWER_CHARS,
             cell_chars=GOLD_CAPS.cell_chars,
         )
-        given = _only_result(await self._run(task, answer, copy, caps))
+        given = _only_result(await self._run(_packed(task), answer, copy, caps))
         if given is None or given.num_columns != gold.num_columns:
             return False
         if given.num_rows != gold.num_rows or not _is_complete(given):
@@ -145,9 +145,9 @@ class SqlDomain:
 
     async def _gold_result(self, task: Task, copy: int) -> StatementResult:
         """Return what the gold query gives."""
-        key = database_path(task), task.answer, copy
+        key = _packed(task), task.answer, copy
         if key not in self._gold:
-            reply = await self._run(task, task.answer, copy, GOLD_CAPS)
+            reply = await self._run(*key, GOLD_CAPS)
             result = _only_result(reply)
             if result is None or not _is_complete(result):
                 raise ToolFailure(
@@ -159,12 +159,8 @@ class SqlDomain:
             self._gold[key] = result
         return self._gold[key]
 
-    async def _run(self, task: Task, query: str, copy: int, caps: Caps) -> Reply:
-        """Run a query on a fresh copy of a task's database."""
-        try:
-            packed = packed_database(database_path(task))
-        except InputError as error:
-            raise ToolFailure(str(error)) from error
+    async def _run(self, packed: str, query: str, copy: int, caps: Caps) -> Reply:
+        """Run a query on a fresh copy of a packed database."""
         box = await SqlBox.open(
             self._sandbox(), self._limits, packed, seed=0, read_only=True, thinned=copy
         )
@@ -232,6 +228,14 @@ def _outline(path: Path) -> str:
         return schema_outline(read_database(path))
     except sqlite3.Error as error:
         raise InputError(f"cannot read the schema of the database {path}: {error}") from error
+
+
+def _packed(task: Task) -> str:
+    """Return a task's database; without one there is no verdict."""
+    try:
+        return packed_database(database_path(task))
+    except InputError as error:
+        raise ToolFailure(str(error)) from error
 
 
 def _only_result(reply: Reply) -> StatementResult | None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -235,6 +236,12 @@ def test_a_database_that_is_gone_gives_no_verdict(make, tmp_path):
     (tmp_path / "database" / "pets.sqlite").unlink()
     with pytest.raises(ToolFailure, match=r"cannot read the database .*pets\.sqlite"):
         graded(made, "SELECT name FROM pet")
+
+
+def test_a_task_without_a_database_gives_no_verdict(make):
+    domain, task = make()
+    with pytest.raises(ToolFailure, match="has no database"):
+        asyncio.run(domain.grade(replace(task, meta={}), "SELECT 1"))
 
 
 @pytest.mark.parametrize(
