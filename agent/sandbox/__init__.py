@@ -89,8 +89,8 @@ def build_sandbox(name: str, *, allow_unsafe: bool) -> Sandbox:
     Raises
     ------
     InputError
-        If the name is unknown or the address is none, the backend cannot run on this machine, or it isolates nothing
-        and ``allow_unsafe`` is False.
+        If the name is unknown or the address is none, the backend cannot run on this machine,
+        or it isolates nothing and ``allow_unsafe`` is False.
     """
     if name == AUTO:
         return _strongest(allow_unsafe)

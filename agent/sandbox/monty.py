@@ -130,6 +130,10 @@ class MontyMachine:
         copy._states = self._states.copy()
         return copy
 
+    def close(self) -> None:
+        """Drop the states; no worker is held between runs."""
+        self._states.clear()
+
     def _nearest(self, history: History, node: int) -> tuple[State | None, list[tuple[int, Cell]]]:
         """Return the nearest state kept on the way to ``node``, and the cells after it."""
         replayed: list[tuple[int, Cell]] = []

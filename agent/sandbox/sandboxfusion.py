@@ -85,6 +85,9 @@ class FusionMachine:
         """Return this machine: it keeps nothing of a session."""
         return self
 
+    def close(self) -> None:
+        """Do nothing: a machine holds nothing."""
+
     def _request(self, cells: list[tuple[int, str]]) -> Request:
         """Return what the program is told."""
         limits = self._limits

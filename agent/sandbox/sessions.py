@@ -1,4 +1,4 @@
-"""Sessions without a process of their own: a history, and a machine that runs the next cell."""
+"""Sessions as a history of cells and a machine that runs the next one from any state in it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ class Machine(Protocol):
 
     def branch(self) -> Machine:
         """Return a machine for a session that starts with the same history."""
+        ...
+
+    def close(self) -> None:
+        """End what the machine keeps running; may be called twice, and during a run."""
         ...
 
 
@@ -113,6 +117,7 @@ class HistorySession:
         self._closed = True
         if self._running is not None:
             self._running.get_loop().call_soon_threadsafe(self._running.cancel)
+        self._machine.close()
         self._sessions.forget(self)
 
     def _check_open(self) -> None:
