@@ -116,14 +116,14 @@ class RunFolder:
         _write_manifest(self.path, manifest)
 
     def _is_bare(self) -> bool:
-        """Tell whether this start began the run and left nothing but its own marks."""
-        names = {path.name for path in self.path.iterdir()}
-        return not self.resumed and names <= {MANIFEST, _LOCK}
+        """Tell whether this start began the run and wrote nothing but its own marks."""
+        others = [path for path in self.path.iterdir() if path.name not in (MANIFEST, _LOCK)]
+        return not self.resumed and all(p.is_file() and not p.stat().st_size for p in others)
 
     def _withdraw(self) -> None:
-        """Take the run's own marks away, so that a corrected command may use the folder."""
-        (self.path / MANIFEST).unlink()
-        (self.path / _LOCK).unlink()
+        """Take the run's own marks and empty files away, so that a corrected command may use the folder."""
+        for path in self.path.iterdir():
+            path.unlink()
         if self._created:
             self.path.rmdir()
 

@@ -139,6 +139,7 @@ def test_an_exception_marks_the_run_interrupted(tmp_path):
 def refused_run(folder, **changes):
     run = open_run(folder, kind="label", config=CONFIG | changes)
     with pytest.raises(InputError, match="no such model"), run:
+        (folder / "trajectories.jsonl").touch()  # opened, and nothing written
         raise InputError("no such model")
 
 
@@ -156,7 +157,7 @@ def test_a_refused_run_leaves_a_folder_that_was_there_before(tmp_path):
 
 def test_a_refused_run_keeps_its_manifest_beside_work_that_was_done(tmp_path):
     with pytest.raises(InputError), open_run(tmp_path, kind="label", config=CONFIG):
-        (tmp_path / "trajectories.jsonl").touch()
+        (tmp_path / "trajectories.jsonl").write_text("{}\n")
         raise InputError("the tools stopped working")
     assert read_manifest(tmp_path).status == "interrupted"
 
