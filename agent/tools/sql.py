@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from agent.sandbox.base import Limits, Sandbox
 from agent.tools.arguments import text_argument, text_schema, unfenced
 from agent.tools.base import SideEffect
-from agent.tools.sql_box import Caps, Reply, SqlBox
+from agent.tools.sql_box import Caps, Reply, SqlBox, check_sandbox
 from agent.tools.sql_database import database_path, packed_database
 from agent.tools.sql_table import results_text
 from trajectory.records import JsonValue, Observation, Task
@@ -73,9 +73,15 @@ class SqlTool:
         Where SQLite runs.
     limits : Limits, optional
         Bounds of every call.
+
+    Raises
+    ------
+    InputError
+        If the sandbox cannot run SQLite.
     """
 
     def __init__(self, sandbox: Sandbox, *, limits: Limits | None = None) -> None:
+        check_sandbox(sandbox)
         self.name = "sql"
         self.description = (
             "Run SQL statements (SQLite dialect) on a private copy of the database: changes last "

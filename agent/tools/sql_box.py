@@ -10,6 +10,7 @@ from typing import Any
 
 from agent.sandbox.base import Limits, Result, Sandbox, SandboxError, Session, Status
 from agent.tools.base import ToolFailure
+from trajectory.errors import InputError
 from trajectory.records import JsonValue
 
 PROGRAM = Path(__file__).with_name("sql_program.py").read_text(encoding="utf-8")
@@ -63,6 +64,21 @@ class Reply:
     wall_s: float = 0.0
 
 
+def check_sandbox(sandbox: Sandbox) -> None:
+    """Refuse a sandbox that cannot run SQLite.
+
+    Raises
+    ------
+    InputError
+        If it is not CPython that it runs.
+    """
+    if not sandbox.capabilities.cpython:
+        raise InputError(
+            f"SQL runs in a sandbox with the whole of Python, which {sandbox.name!r} is not: "
+            "choose --sandbox auto"
+        )
+
+
 class SqlBox:
     """A private copy of a database, inside a sandbox session; made by `open`."""
 
@@ -101,7 +117,10 @@ class SqlBox:
         ------
         ToolFailure
             If the sandbox broke or cannot hold the database.
+        InputError
+            As `check_sandbox`.
         """
+        check_sandbox(sandbox)
         heap_mb = max(1, min(MAX_HEAP_MB, limits.memory_mb // 2))
         settings = f"seed={seed}, heap_mb={heap_mb}, read_only={read_only}, thinned={thinned}"
         code = f"{PROGRAM}\ndatabase = Database({packed!r}, {settings})\n"

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.sandbox import SandboxProvider
+from agent.sandbox import SandboxProvider, build_sandbox
 from agent.sandbox.base import Limits
-from agent.tools import check_tasks
+from agent.tools import build_tools, check_tasks
 from agent.tools.base import ToolFailure
 from agent.tools.sql import MAX_QUERY_CHARS, SqlTool
 from agent.tools.sql_box import StatementResult
@@ -28,16 +28,26 @@ from agent.tools.sql_table import MAX_CHARS, cell_text, results_text
 from trajectory.errors import InputError
 from trajectory.records import Task
 
-LIMITS = Limits(cpu_s=1, wall_s=10, memory_mb=512)
+LIMITS = Limits(cpu_s=1, wall_s=60, memory_mb=512)
 SCRIPT = (
     "CREATE TABLE items(id INTEGER, name TEXT); INSERT INTO items VALUES (1,'a'),(2,'b'),(3,'c')"
 )
 ENDLESS = "WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r)"
 
 
+@pytest.fixture(params=["forkjail", "unsafe"])
+def backend(request):
+    """Each backend that runs CPython on this machine."""
+    try:
+        build_sandbox(request.param, allow_unsafe=True)
+    except InputError as error:
+        pytest.skip(str(error))
+    return request.param
+
+
 @asynccontextmanager
-async def opened(script=SCRIPT, *, limits=LIMITS, seed=0):
-    sandbox = SandboxProvider("unsafe", allow_unsafe=True)
+async def opened(script=SCRIPT, *, limits=LIMITS, seed=0, backend="unsafe"):
+    sandbox = SandboxProvider(backend, allow_unsafe=True)
     try:
         tool = SqlTool(sandbox(), limits=limits)
         yield await tool.open_packed(pack(database_from_script(script)), seed)
@@ -189,14 +199,16 @@ def test_a_value_is_bounded_in_length_and_a_query_in_memory():
 
 
 @pytest.mark.parametrize("query", [f"{ENDLESS} SELECT max(n) FROM r", f"{ENDLESS} SELECT n FROM r"])
-def test_an_endless_query_times_out_with_the_database_as_before(query):
-    observations = observe("DELETE FROM items WHERE id = 1", f"DELETE FROM items; {query}")
-    assert observations[1].error == "timeout"
-    assert observations[1].content == (
-        "[timed out: 1 s of CPU time. The database is as before this call.]"
+def test_an_endless_query_times_out_with_the_database_as_before(query, backend):
+    deleted, ended, after = observe(
+        "DELETE FROM items WHERE id = 1",
+        f"DELETE FROM items; {query}",
+        "SELECT count(*) AS n FROM items",
+        backend=backend,
     )
-    after = observe("DELETE FROM items WHERE id = 1", query, "SELECT count(*) AS n FROM items")
-    assert after[2].content == "n\n-\n2\n(1 row)"
+    assert (deleted.content, ended.error) == ("1 row changed", "timeout")
+    assert ended.content == "[timed out: 1 s of CPU time. The database is as before this call.]"
+    assert after.content == "n\n-\n2\n(1 row)"
 
 
 def test_rows_that_are_not_shown_are_counted():
@@ -290,9 +302,9 @@ def test_date_functions_are_sqlites_own_with_a_standing_clock(expression, value)
     assert contents(f"SELECT {expression} AS v")[0].splitlines()[2] == value
 
 
-def test_a_branch_goes_its_own_way():
+def test_a_branch_goes_its_own_way(backend):
     async def run():
-        async with opened() as session:
+        async with opened(backend=backend) as session:
             await session.call({"query": "DELETE FROM items WHERE id = 1"})
             branch = await session.branch()
             await branch.call({"query": "DELETE FROM items"})
@@ -333,7 +345,8 @@ def test_a_database_that_cannot_be_opened_is_a_failure_and_no_observation():
         asyncio.run(run())
 
 
-def test_every_hostile_case_ends_as_expected(shared):
+@pytest.mark.slow
+def test_every_hostile_case_ends_as_expected(shared, backend):
     cases = [
         case
         for line in (shared / "data/sandbox_hostile/cases.jsonl").read_text().splitlines()
@@ -341,7 +354,7 @@ def test_every_hostile_case_ends_as_expected(shared):
     ]
 
     async def run():
-        sandbox = SandboxProvider("unsafe", allow_unsafe=True)
+        sandbox = SandboxProvider(backend, allow_unsafe=True)
         try:
             return [await run_sql_case(sandbox(), LIMITS, case["code"]) for case in cases]
         finally:
@@ -360,6 +373,12 @@ def test_a_task_without_a_database_is_refused_before_any_episode():
         check_tasks(["calculator", "sql"], [task])
     with pytest.raises(InputError, match="has no database"):
         database_path(task)
+
+
+def test_a_sandbox_without_sqlite_is_refused_at_once():
+    pytest.importorskip("pydantic_monty")
+    with pytest.raises(InputError, match="whole of Python, which 'monty' is not"):
+        build_tools(["sql"], SandboxProvider("monty"))
 
 
 def wal_database(path):
