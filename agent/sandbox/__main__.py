@@ -18,6 +18,11 @@ COMMANDS = {
         "agent.sandbox.bench:bench",
         "latency, throughput and memory of a backend",
     ),
+    "soak": Command(
+        "agent.sandbox.soak:SoakConfig",
+        "agent.sandbox.soak:soak",
+        "many mixed calls with kills in between: was any lost?",
+    ),
 }
 
 if __name__ == "__main__":

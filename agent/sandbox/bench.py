@@ -23,6 +23,7 @@ from rich.table import Table
 from agent.processes import CHILD_ENVIRONMENT
 from agent.sandbox import AUTO, build_sandbox
 from agent.sandbox.base import Limits, Sandbox, Session
+from agent.sandbox.soak import descendants
 from trajectory.errors import InputError
 from trajectory.progress import progress
 
@@ -159,7 +160,8 @@ async def _memory(sandbox: Sandbox) -> list[Row]:
     session = await sandbox.open(LIMITS, 0, retain="all")
     for number in range(12):
         await session.run(f"x{number} = {number}\n{SMALL}")
-    sizes = [size for child in _leaves(pid) if (size := _private_mb(child)) is not None]
+    cells = [p for p in descendants(pid) if not descendants(p)]
+    sizes = [size for cell in cells if (size := _private_mb(cell)) is not None]
     await session.close()
     return [_row("private memory of a parked state", sizes, "MB")] if sizes else []
 
@@ -267,26 +269,6 @@ def _ratios(value: dict[str, float]) -> list[str]:
         ratio = value[f"chain of calls, {label}"] / value[f"fresh interpreter per call, {label}"]
         lines.append(f"a chain of {label} calls is {ratio:.1f} times a fresh interpreter per call")
     return lines
-
-
-def _leaves(pid: int) -> list[int]:
-    """Return the descendants of a process that have no children, oldest first, but the first."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            children.setdefault(int(fields[1]), []).append(int(entry.name))
-    found, todo = [], list(children.get(pid, []))
-    while todo:
-        process = todo.pop()
-        below = children.get(process, [])
-        todo += below
-        if not below:
-            found.append(process)
-    return sorted(found)[1:]
 
 
 def _private_mb(pid: int) -> float | None:

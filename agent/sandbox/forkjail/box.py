@@ -95,6 +95,7 @@ class BoxInit:
         for fd in (wake, self._woken):
             os.set_blocking(fd, False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: self._end())
         signal.set_wakeup_fd(self._woken, warn_on_full_buffer=False)
         for fd in (wake, self._hub.fileno()):
             self._poll.register(fd, select.POLLIN)
@@ -167,7 +168,8 @@ class BoxInit:
             return pid
         try:
             signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for number in (signal.SIGCHLD, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
             control = RawSocket(fileno=os.dup(theirs.fileno()))
             code = read_text(source)
             kept = {0, 1, 2, out, err, control.fileno()}
@@ -357,10 +359,13 @@ class BoxInit:
         return scratch_mark(self._jail.scratch, own_mount=self._jail.own_namespaces)
 
     def _end(self) -> NoReturn:
-        """Kill everything and go."""
-        for state in self._states.values():
-            self._kill(state)
+        """Kill everything and go; where there is a process namespace, its end is theirs."""
         if not self._jail.own_namespaces:
+            for state in self._states.values():
+                self._kill(state)
+            with suppress(ChildProcessError):
+                while True:
+                    os.waitpid(-1, 0)
             shutil.rmtree(self._jail.scratch, ignore_errors=True)
         os._exit(0)
 
@@ -374,7 +379,7 @@ def run_box(
     scratch_mb: int,
 ) -> NoReturn:
     """Be the first process of a new box; ``jail`` lacks only the scratch folder."""
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL if own_namespaces else signal.SIGTERM)
     with open("/proc/self/oom_score_adj", "w") as score:
         score.write("1000")
     if own_namespaces:

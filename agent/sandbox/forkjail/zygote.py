@@ -25,7 +25,11 @@ from agent.sandbox.forkjail import namespaces
 from agent.sandbox.forkjail.box import run_box
 from agent.sandbox.forkjail.cell import Confinement, clone
 from agent.sandbox.forkjail.frames import Frame, Reader, close_all, send
-from agent.sandbox.forkjail.syscalls import PR_SET_NO_NEW_PRIVS, prctl
+from agent.sandbox.forkjail.syscalls import (
+    PR_SET_CHILD_SUBREAPER,
+    PR_SET_NO_NEW_PRIVS,
+    prctl,
+)
 from trajectory.codec import from_json
 
 CHILD_SIGNAL = 17
@@ -69,6 +73,7 @@ def enter_jail(config: ZygoteConfig) -> None:
         return
     if os.getuid() == 0 and all(map(namespaces.open_to_all, config.read_only)):
         namespaces.become(config.sandbox_uid)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
     namespaces.drop_capabilities()  # a root that had to stay root is one in name only
     prctl(PR_SET_NO_NEW_PRIVS, 1)
 
@@ -92,12 +97,15 @@ class Zygote:
                 self._make_box(frame, descriptors[0])
                 close_all(descriptors)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        # The first process of a namespace takes all others with it; without one, a box has to
+        # end its cells and remove its files itself.
+        how = signal.SIGKILL if self._config.own_namespaces else signal.SIGTERM
         for pid in self._boxes:
             with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        for pid in self._boxes:
-            with suppress(ChildProcessError):
-                os.waitpid(pid, 0)
+                os.kill(pid, how)
+        with suppress(ChildProcessError):
+            while True:
+                os.waitpid(-1, 0)
         os._exit(0)
 
     def _reap(self, *_: object) -> None:
