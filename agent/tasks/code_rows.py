@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import warnings
 from collections.abc import Sequence
 
 from agent.tasks.code_tests import META, HiddenTests
@@ -103,7 +104,7 @@ def _example(tests: str, functions: set[str]) -> str:
     >>> _example("assert add(1, [2]) == [3]", {"add"})
     'Define the function add. It is called like this: add(1, [2]), and returns a list.'
     """
-    tree = ast.parse(tests)
+    tree = _parsed("test_list", tests)
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             if node.func.id not in functions:
@@ -139,7 +140,9 @@ def _text(row: Row, column: str) -> str:
 def _parsed(column: str, code: str) -> ast.Module:
     """Parse code of the data set."""
     try:
-        return ast.parse(code)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # stray backslashes, of which MBPP is full
+            return ast.parse(code)
     except (SyntaxError, ValueError) as error:
         raise InputError(f"the column {column!r} holds no Python code: {error}") from error
 

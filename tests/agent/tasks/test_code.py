@@ -84,6 +84,11 @@ def test_the_example_of_a_call(tmp_path, test, said):
     assert task.prompt.partition("called like this: ")[2] == said
 
 
+def test_code_with_a_doubtful_escape_is_read_without_a_warning(tmp_path):
+    row = with_tests(r"assert f('\w') == '\w'", code="def f(x):\n    return '\\w'")
+    assert load(tmp_path, row)[0].answer.endswith(r"'\w'")
+
+
 def test_mbpp_has_its_published_splits(tmp_path):
     rows = [{**MBPP, "task_id": n} for n in (1, 10, 11, 510, 511, 600, 601, 974)]
     domain = parse_tasks(write_rows(tmp_path, *rows))
