@@ -25,7 +25,8 @@ class AgentConfig:
     """Who acts on what: tasks, policy, tools and limits."""
 
     tasks: str
-    """Task source: arithmetic, arithmetic:operations=2-4, math:FILE.jsonl or FILE.jsonl."""
+    """Task source: arithmetic, arithmetic:operations=2-4, math:FILE.jsonl, code:FILE.jsonl,
+    sql:FILE.jsonl, planning:blocksworld:FILE.jsonl or FILE.jsonl."""
     policy: str
     """Model that acts: hub id or folder."""
     split: Split = "train"
