@@ -121,7 +121,8 @@ def _draw(curves: Mapping[str, np.ndarray], path: Path) -> None:
         axes.fill_between(
             steps, smooth_NT.min(0), smooth_NT.max(0), color=line.get_color(), alpha=0.2
         )
-    axes.set_ylim(0, 1)
+    highest = max(float(curves_NT.max()) for curves_NT in curves.values())
+    axes.set_ylim(0, min(1.0, max(0.1, 1.1 * highest)))  # low outcomes would be one flat line
     axes.set_xlabel("optimization step")
     axes.set_ylabel(f"outcome of the batch (mean of {_SMOOTHING} steps)")
     axes.legend(loc="lower right")

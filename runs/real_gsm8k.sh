@@ -45,7 +45,7 @@ if [[ $part == all || $part == best ]]; then
     if [[ ${LORA:-1} == 1 ]]; then
         for fold in 0 1; do
             run prm train --labels "$out/folds/$fold-train" --model "$qwen" --lora-rank 16 \
-                --epochs 1 --step-tokens 2048 --batch-tokens 1024 --precision bfloat16 \
+                --epochs 1 --step-tokens 512 --batch-tokens 512 --precision bfloat16 \
                 --device "$device" --out "$out/prm-qwen-$fold"
             run prm score --prm "$out/prm-qwen-$fold" --device "$device" \
                 --trajectories "$out/folds/$fold-test/trajectories.jsonl" \
@@ -59,30 +59,39 @@ if [[ $part == all || $part == best ]]; then
 fi
 
 if [[ $part == all || $part == optimize ]]; then
-    # Problems of at most two operations; the first ones warm the policy up, later ones are for RL.
+    # The policy is shown solutions with at most two calculator calls. The problems for the PRM's
+    # labels, RL and the comparison need one call, so that so small a model solves some of them.
     system="Solve the problem with the calculator, one step at a time. End with: The answer is N."
-    run policy synthesize --tasks "math:$data/train.jsonl" --tool calculator --max-calls 2 \
-        --system-prompt "$system" --out "$out/demonstrations"
-    warm=${WARMUP_TASKS:-100}
-    head -n "$warm" "$out/demonstrations/trajectories.jsonl" >"$out/warmup.jsonl"
-    python - "$out/demonstrations/trajectories.jsonl" "$out/short.jsonl" <<'PYTHON'
+    demonstrate=(policy synthesize --tool calculator --system-prompt "$system")
+    run "${demonstrate[@]}" --tasks "math:$data/train.jsonl" --max-calls 2 \
+        --out "$out/demonstrations"
+    head -n "${WARMUP_TASKS:-320}" "$out/demonstrations/trajectories.jsonl" >"$out/warmup.jsonl"
+    for split in train test; do
+        run "${demonstrate[@]}" --tasks "math:$data/$split.jsonl" --max-calls 1 \
+            --out "$out/one-call-$split"
+    done
+    python - "$out/warmup.jsonl" "$out/short.jsonl" \
+        "$out"/one-call-{train,test}/trajectories.jsonl <<'PYTHON'
 import json
 import sys
 
 from trajectory.records import Trajectory
 from trajectory.store import read_jsonl
 
+shown = {t.task.task_id for t in read_jsonl(sys.argv[1], Trajectory)}
 with open(sys.argv[2], "w") as sink:
-    for t in read_jsonl(sys.argv[1], Trajectory):
-        row = {"id": t.task.task_id, "problem": t.task.prompt, "answer": t.task.answer}
-        sink.write(json.dumps(row) + "\n")
+    for path in sys.argv[3:]:
+        for t in read_jsonl(path, Trajectory):
+            if t.task.task_id not in shown:
+                row = {"id": t.task.task_id, "problem": t.task.prompt, "answer": t.task.answer}
+                sink.write(json.dumps(row) + "\n")
 PYTHON
     playing=(--tasks "math:$out/short.jsonl" --tools calculator --system-prompt "$system"
-        --chat-format auto --max-turn-tokens 64 --max-context 640 --max-steps 5
-        --temperature 0.8 --device "$device")
+        --max-turn-tokens 96 --max-context 640 --max-steps 5 --temperature 0.8 --device "$device")
     run policy warmup --data "$out/warmup.jsonl" --model "$smollm" --chat-format chatml \
-        --epochs 1 --step-tokens 1024 --batch-tokens 2048 --out "$out/warmup"
-    run prm label "${playing[@]}" --first-task "$warm" --num-tasks "${PRM_TASKS:-60}" --rollouts 1 \
+        --epochs 1 --learning-rate 3e-4 --step-tokens 2048 --batch-tokens 2048 \
+        --precision bfloat16 --out "$out/warmup"
+    run prm label "${playing[@]}" --dtype bfloat16 --num-tasks 60 --rollouts 2 \
         --policy "$out/warmup" --out "$out/labels-warmup"
     run prm train --labels "$out/labels-warmup" --model "$out/warmup" --epochs 2 \
         --step-tokens 2048 --batch-tokens 2048 --precision bfloat16 --device "$device" \
@@ -90,10 +99,16 @@ PYTHON
     for arm in outcome prm; do
         flags=()
         [ "$arm" = prm ] && flags=(--prm "$out/prm-warmup")
-        run policy optimize "${playing[@]}" --first-task $((warm + 500)) --num-tasks 500 \
+        run policy optimize "${playing[@]}" --first-task 60 --num-tasks 96 \
             --policy "$out/warmup" "${flags[@]}" --tasks-per-step "${TASKS_PER_STEP:-3}" \
             --group-size 4 --steps "$rl_steps" --learning-rate 1e-5 --warmup-steps 2 \
-            --batch-tokens 2048 --out "$out/rl/$arm-seed0"
+            --batch-tokens 2048 --precision bfloat16 --out "$out/rl/$arm-seed0"
+    done
+    for name in warmup outcome prm; do
+        policy="$out/rl/$name-seed0/policy"
+        [ "$name" = warmup ] && policy="$out/warmup"
+        run policy evaluate "${playing[@]}" --dtype bfloat16 --first-task 156 --num-tasks 100 \
+            --samples "${RL_TEST_SAMPLES:-1}" --policy "$policy" --out "$out/rl/$name-seed0-test"
     done
     run python -m benchmarks curves --run "$out/rl" --out docs/results/real_gsm8k_curves
 fi
