@@ -72,9 +72,7 @@ class VllmEngine:
     ------
     InputError
         If vLLM is not installed, the model is missing or no causal language model, or vLLM
-        refuses the model or an option.
-    EngineError
-        If vLLM fails to start for another reason.
+        refuses the model or an option or does not start for another reason.
 
     Notes
     -----
@@ -114,7 +112,10 @@ class VllmEngine:
             if isinstance(error, ValueError):
                 raise InputError(f"vLLM refuses {options.policy}: {error}") from error
             if isinstance(error, Exception):
-                raise EngineError(f"vLLM did not start: {error}") from error
+                raise InputError(
+                    f"vLLM did not start with {options.policy} ({error}): what it printed above "
+                    "says why, and if nothing does, memory was short"
+                ) from error
             raise
 
     async def generate(self, request: GenerateRequest) -> Generation:
