@@ -34,14 +34,15 @@ from trajectory.records import JsonValue, Task
 META = "code"
 """Key of a task's ``meta`` that holds its `HiddenTests`."""
 PROGRAM = Path(__file__).with_name("code_box.py")
-CANDIDATE_LIMITS = Limits(cpu_s=5.0, wall_s=30.0, output_chars=200_000)
-"""Of its definition, and of each call; a longer reply is cut, and wrong."""
+CANDIDATE_LIMITS = Limits(cpu_s=10.0, wall_s=60.0, output_chars=200_000)
+"""Of its definition, and of each call: gold solutions need up to 5 s. A longer reply is cut, and
+wrong."""
 TESTS_LIMITS = Limits(cpu_s=20.0, wall_s=120.0, output_chars=2_000_000)
 MAX_CODE_CHARS = 100_000
 """A longer candidate is wrong."""
-TOTAL_CPU_S = 30.0
+TOTAL_CPU_S = 40.0
 """CPU time of all calls together, seconds."""
-TOTAL_WALL_S = 120.0
+TOTAL_WALL_S = 180.0
 """Wall clock of all calls together, seconds: for a candidate that sleeps."""
 FAILED = '{"failed": true}'
 _TAGS = frozenset({"tuple", "set", "frozenset", "dict", "complex"})
