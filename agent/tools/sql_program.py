@@ -149,12 +149,12 @@ class Database:
         """
         results: list[dict[str, object]] = []
         error = None
+        self._guard.refused = ""
         try:
             statements = list(split(sql))
             if len(statements) > MAX_STATEMENTS:
                 raise ValueError(f"more than {MAX_STATEMENTS} statements in one call")
             for statement in statements:
-                self._guard.refused = ""
                 results.append(self._run(statement, rows, columns, chars, cell_chars))
                 chars -= len(json.dumps(results[-1]))
         except Exception as problem:  # also of Python: text that is no text, memory

@@ -162,6 +162,12 @@ def test_what_would_leave_the_database_is_refused_and_named(query, refused):
     assert after.content == "n\n-\n3\n(1 row)"
 
 
+def test_a_refusal_is_not_blamed_for_the_next_mistake():
+    refused, mistake = contents("DETACH main", "SELECT 1;" * 101)
+    assert refused == "Error: not allowed here: DETACH"
+    assert mistake == "Error: more than 100 statements in one call"
+
+
 @pytest.mark.parametrize("query", ["SELECT readfile('x')", "SELECT writefile('x', 'y')"])
 def test_functions_of_the_shell_are_not_there(query):
     assert observe(query)[0].error == "sql_error"
