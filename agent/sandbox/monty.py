@@ -22,7 +22,9 @@ import asyncio
 import os
 import weakref
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
 
 from agent.processes import cpu_seconds
 from agent.sandbox.base import Capabilities, Limits, SandboxError, states_kept
@@ -33,7 +35,9 @@ from agent.sandbox.sessions import HistorySession, Sessions
 from trajectory.errors import InputError
 
 if TYPE_CHECKING:
-    from pydantic_monty import AsyncMonty, OSPolicy, ResourceLimits
+    from pydantic_monty import Monty, OSPolicy, ResourceLimits
+
+T = TypeVar("T")
 
 MAX_MEMORY_MB = 128
 """Largest heap, whatever the limits allow: the caller holds dumps of states."""
@@ -107,17 +111,23 @@ class MontyMachine:
         """Load or rebuild the state ``node``, run the cell and keep the state after it."""
         from pydantic_monty import MontyError
 
-        pool = await self._sandbox.pool()
-        number = len(history)
         start, replayed = self._nearest(history, node)
-        bounds = self._bounds(LOAD_FACTOR if start else 1)
-        try:
-            async with pool.checkout(limits=bounds, os_policy=self._policy()) as session:
-                worker = MontyWorker(session, self._limits)
-                await worker.load(start)
+        worker = MontyWorker(self._limits)
+        number = len(history)
+
+        def work(pool: Monty) -> tuple[Outcome, State | None]:
+            bounds = self._bounds(LOAD_FACTOR if start else 1)
+            with (
+                pool.checkout(limits=bounds, os_policy=self._policy()) as session,
+                worker.using(session),
+            ):
+                worker.load(start)
                 for done, cell in replayed:
-                    check_replay(done, cell, await worker.run(cell.code, done))
-                outcome, state = await worker.run_and_dump(code, number)
+                    check_replay(done, cell, worker.run(cell.code, done))
+                return worker.run_and_dump(code, number)
+
+        try:
+            outcome, state = await self._sandbox.do(worker, work)
         except (MontyError, OSError, RuntimeError) as error:
             raise SandboxError(f"a monty worker broke: {error}") from error
         if state is not None:
@@ -160,14 +170,12 @@ class MontyMachine:
             "max_memory": min(limits.memory_mb, MAX_MEMORY_MB) * memory_factor * 2**20,
             "max_recursion_depth": MAX_DEPTH,
             "max_suspensions": MAX_SUSPENSIONS,
-            "max_total_sleep_secs": limits.wall_s,
         }
 
     def _policy(self) -> OSPolicy:
         """Return how clocks, sleep and random numbers behave."""
         return {
-            "sleep": "system",
-            "sleep_system_max": self._limits.wall_s,
+            "sleep": "call_host",
             "process_time": "elapsed",
             "random_start": {"seed": self._seed},
         }
@@ -209,8 +217,8 @@ class MontySandbox:
         self.budget = StateBudget(MAX_DUMP_BYTES)
         self._max_running = max_running
         self._sessions = Sessions(max_running=max_running)
-        self._pool: AsyncMonty | None = None
-        self._starting = asyncio.Lock()
+        self._started: tuple[Monty, ThreadPoolExecutor] | None = None
+        self._busy: set[MontyWorker] = set()
 
     async def open(self, limits: Limits, seed: int, *, retain: str = "last") -> HistorySession:
         """Return a session in the empty state; ``file_mb`` and the like have nothing to bound."""
@@ -220,29 +228,43 @@ class MontySandbox:
     async def close(self) -> None:
         """End every session and worker."""
         await self._sessions.close()
-        pool, self._pool = self._pool, None
-        if pool is not None:
-            await pool.__aexit__(None, None, None)
+        started, self._started = self._started, None
+        if started is not None:
+            pool, threads = started
+            for worker in list(self._busy):
+                worker.kill("closed")
+            await asyncio.get_running_loop().run_in_executor(None, threads.shutdown)
+            pool.__exit__(None, None, None)
 
-    async def pool(self) -> AsyncMonty:
-        """Return the workers, started at the first call.
+    async def do(self, worker: MontyWorker, work: Callable[[Monty], T]) -> T:
+        """Do a worker's work in a thread, watched.
 
         Raises
         ------
         SandboxError
-            If they cannot be started.
+            If no worker can be started.
         """
-        from pydantic_monty import AsyncMonty, MontyError
+        pool, threads = self._start()
+        self._busy.add(worker)
+        try:
+            return await worker.watch(
+                asyncio.get_running_loop().run_in_executor(threads, work, pool)
+            )
+        finally:
+            self._busy.discard(worker)
 
-        async with self._starting:
-            if self._pool is None:
-                pool = AsyncMonty(max_processes=self._max_running)
-                try:
-                    await pool.__aenter__()
-                except (MontyError, OSError, RuntimeError) as error:
-                    raise SandboxError(f"cannot start a monty worker: {error}") from error
-                self._pool = pool
-            return self._pool
+    def _start(self) -> tuple[Monty, ThreadPoolExecutor]:
+        """Return the workers and the threads that wait for them, started at the first call."""
+        from pydantic_monty import Monty, MontyError
+
+        if self._started is None:
+            pool = Monty(max_processes=self._max_running)
+            try:
+                pool.__enter__()
+            except (MontyError, OSError, RuntimeError) as error:
+                raise SandboxError(f"cannot start a monty worker: {error}") from error
+            self._started = pool, ThreadPoolExecutor(self._max_running, "monty")
+        return self._started
 
 
 def has_cpu_clock() -> bool:

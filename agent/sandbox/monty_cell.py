@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
-from collections.abc import Sequence
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 from agent.processes import cpu_seconds
 from agent.sandbox.base import Limits, Status
@@ -15,11 +21,15 @@ from agent.sandbox.echo import final_expression
 from agent.sandbox.output import Capture
 
 if TYPE_CHECKING:
-    from pydantic_monty import AsyncMontySession, Frame, MontyRuntimeError, MontySyntaxError
+    from pydantic_monty import Frame, MontyRuntimeError, MontySession, MontySyntaxError
+
+T = TypeVar("T")
+Reason = Literal["timeout", "output_limit", "closed"]
+"""Why a worker was killed."""
 
 MAX_TRACEBACK_FRAMES = 8
-TRANSFER_SECONDS = 60.0
-"""A dump or load takes about 7 ms per MB; a loaded machine may take long."""
+_TRANSFER = Limits(cpu_s=60.0, wall_s=60.0)
+"""Of a dump or load, which takes about 7 ms per MB; a loaded machine may take long."""
 
 # The worker shows the last value itself, because a value handed over would be built anew here, out
 # of reach of the limits, and lose its class. `print` is kept under a name that code does not
@@ -42,57 +52,83 @@ class State:
 
 
 class MontyWorker:
-    """A worker checked out for one cell and the replays before it.
+    """A worker for one cell and the replays before it, and the watch over it.
+
+    Its work blocks and is done in a thread; `watch` is for the event loop meanwhile. Limits are
+    held by killing the worker, whose call in the thread then fails. (The package's own event-loop
+    interface is not used: its threads abort the process when the interpreter ends.)
 
     Parameters
     ----------
-    session : AsyncMontySession
-        Fresh.
     limits : Limits
         Bounds of every run.
     """
 
-    def __init__(self, session: AsyncMontySession, limits: Limits) -> None:
-        self._session, self._limits = session, limits
-        self._pid = session.worker_pid
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._session: MontySession | None = None
+        self._process: _Process | None = None
         self._numbers: tuple[int, ...] = ()
+        self._lock = threading.Lock()  # between the thread and the watch
+        self._clock: _Clock | None = None
+        self._killed = threading.Event()
+        self._reason: Reason | None = None
 
-    async def load(self, state: State | None) -> None:
+    @contextmanager
+    def using(self, session: MontySession) -> Iterator[None]:
+        """Work with a session checked out for this, until the block is left."""
+        with _Process(session.worker_pid) as process:
+            self._session = session
+            with self._lock:
+                self._process = process
+            try:
+                if self._killed.is_set():
+                    process.kill()
+                yield
+            finally:
+                with self._lock:
+                    self._process = None
+
+    def kill(self, reason: Reason) -> None:
+        """End the worker, and with it the call that waits for it."""
+        with self._lock:
+            if self._killed.is_set():
+                return
+            self._reason = reason
+            self._killed.set()
+            if self._process is not None:
+                self._process.kill()
+
+    async def watch(self, work: asyncio.Future[T]) -> T:
+        """Wait for the work, killing the worker at the first limit or when this is cancelled."""
+        low, high = CHECK_SECONDS
+        try:
+            while not work.done():
+                left = self._enforce_clock()
+                await asyncio.wait((work,), timeout=min(max(left, low), high))
+        except asyncio.CancelledError:
+            self.kill("closed")
+            await asyncio.wait((work,))
+            with suppress(asyncio.CancelledError):
+                work.exception()  # nobody is left to tell
+            raise
+        return work.result()
+
+    def load(self, state: State | None) -> None:
         """Bring the worker to a state whose dump is kept, or to the empty one."""
-        async with asyncio.timeout(TRANSFER_SECONDS):
+        with self._timed(_TRANSFER):
             if state is None or state.dump is None:
-                await self._session.feed_run(_SETUP)
+                self._used.feed_run(_SETUP)
                 self._numbers = (0,)
             else:
-                await self._session.load_session(state.dump)
+                self._used.load_session(state.dump)
                 self._numbers = state.numbers
 
-    async def run(self, code: str, number: int) -> Outcome:
+    def run(self, code: str, number: int) -> Outcome:
         """Run a cell; after any status but ``ok`` and ``error`` the state is lost."""
-        from pydantic_monty import MontyCrashedError, MontyRuntimeError, MontySyntaxError
-
-        loop, limits = asyncio.get_running_loop(), self._limits
-        out, err = Capture(limits.output_chars), Capture(limits.output_chars)
-        clock = _Clock(self._pid, limits, loop)
-        status: Status = "ok"
-        error: str | None = None
-        for source, last_line in _sources(code):
-            self._numbers += (number,)
-            try:
-                limit = await self._feed(source, clock, out, err)
-                status, error = limit or "ok", limit
-            except MontyCrashedError as problem:
-                status = error = "crash"
-                exit_code = problem.exit_status
-                reason = "by a signal" if exit_code is None else f"exit code {exit_code}"
-                err.feed(f"the interpreter died ({reason})\n".encode())
-            except (MontyRuntimeError, MontySyntaxError) as problem:
-                if last_line is not None and _did_not_parse(problem):
-                    continue  # the last statement is no expression: run the cell as it is
-                status, error = self._ending(problem, clock)
-                if status != "timeout":
-                    _print_traceback(problem, self._numbers, last_line, err)
-            break
+        out, err = Capture(self._limits.output_chars), Capture(self._limits.output_chars)
+        with self._timed(self._limits) as clock:
+            status, error = self._run(code, number, out, err, clock)
         return Outcome(
             status=status,
             error=error,
@@ -102,61 +138,144 @@ class MontyWorker:
             wall_s=clock.wall_s,
         )
 
-    async def run_and_dump(self, code: str, number: int) -> tuple[Outcome, State | None]:
+    def run_and_dump(self, code: str, number: int) -> tuple[Outcome, State | None]:
         """Run a cell; return the state after it too, or None where there is none."""
         from pydantic_monty import MontyError
 
-        outcome = await self.run(code, number)
+        outcome = self.run(code, number)
         if outcome.status not in ("ok", "error"):
             return outcome, None
         try:
-            async with asyncio.timeout(TRANSFER_SECONDS):
-                return outcome, State(await self._session.dump(), self._numbers)
+            with self._timed(_TRANSFER):
+                return outcome, State(self._used.dump(), self._numbers)
         except (MontyError, RuntimeError):  # its frame or the worker's memory is too small
+            if self._reason == "timeout":  # it had ended at the last moment
+                return replace(outcome, status="timeout", error="timeout"), None
             note = f"{outcome.stderr}the state is too large to be kept\n"
             return replace(outcome, status="crash", error="crash", stderr=note), None
 
-    async def _feed(
-        self, source: str, clock: _Clock, out: Capture, err: Capture
-    ) -> Literal["timeout", "output_limit"] | None:
-        """Run a text in the worker; return the limit it crossed, which ends the worker."""
-        loop, flooded = asyncio.get_running_loop(), False
+    @property
+    def _used(self) -> MontySession:
+        """The session in use."""
+        assert self._session is not None
+        return self._session
 
-        def on_print(stream: str, text: str) -> None:  # called in a thread of the pool
-            nonlocal flooded
+    def _run(
+        self, code: str, number: int, out: Capture, err: Capture, clock: _Clock
+    ) -> tuple[Status, str | None]:
+        """Run the cell with its last value shown if it has one; return how it ended."""
+        from pydantic_monty import MontyCrashedError, MontyRuntimeError, MontySyntaxError
+
+        def on_print(stream: str, text: str) -> None:
             capture = out if stream == "stdout" else err
-            if capture.num_bytes <= MAX_OUTPUT_BYTES:
-                capture.feed(text.encode(errors="backslashreplace"))
-            elif not flooded:
-                flooded = True
-                loop.call_soon_threadsafe(feed.cancel)
+            capture.feed(text.encode(errors="backslashreplace"))
+            if capture.num_bytes > MAX_OUTPUT_BYTES:
+                self.kill("output_limit")
 
-        feed = asyncio.ensure_future(self._session.feed_run(source, print_callback=on_print))
-        try:
-            while (left := clock.seconds_left()) > 0:
-                low, high = CHECK_SECONDS
-                done, _ = await asyncio.wait((feed,), timeout=min(max(left, low), high))
-                if flooded:
-                    return "output_limit"
-                if done:
-                    feed.result()
-                    return None
-            return "timeout"
-        finally:
-            clock.stop()
-            feed.cancel()
-            await asyncio.wait((feed,))
+        for source, last_line in _sources(code):
+            self._numbers += (number,)
+            try:
+                self._used.feed_run(source, print_callback=on_print, os=self._system)
+            except MontyCrashedError as problem:
+                if self._reason in ("timeout", "output_limit"):
+                    return self._reason, self._reason
+                code_text = problem.exit_status
+                reason = "by a signal" if code_text is None else f"exit code {code_text}"
+                err.feed(f"the interpreter died ({reason})\n".encode())
+                return "crash", "crash"
+            except (MontyRuntimeError, MontySyntaxError) as problem:
+                if last_line is not None and _did_not_parse(problem):
+                    continue  # the last statement is no expression: run the cell as it is
+                status, error = self._ending(problem, clock)
+                if status != "timeout":
+                    _print_traceback(problem, self._numbers, last_line, err)
+                return status, error
+            break
+        return "ok", None
 
     def _ending(
         self, problem: MontyRuntimeError | MontySyntaxError, clock: _Clock
     ) -> tuple[Status, str]:
         """Tell an exception of the code from a limit that the worker itself noticed."""
-        if self._session.worker_pid is None:  # out of memory where it could not go on
+        clock.read()
+        if self._used.worker_pid is None:  # out of memory where it could not go on
             return "crash", "crash"
         name = problem.display("type-msg").partition(":")[0].strip()
         if name == "TimeoutError" and clock.wall_s >= clock.worker_limit_s:
             return "timeout", "timeout"
         return "error", name.rpartition(".")[2][:80]
+
+    def _system(self, *, name: str, args: tuple[object, ...], **_: object) -> object:
+        """Answer the calls that leave the interpreter: sleep until killed, and nothing else."""
+        from pydantic_monty import NOT_HANDLED
+
+        if name in ("time.sleep", "asyncio.sleep") and isinstance(args[0], int | float):
+            if self._killed.wait(min(float(args[0]), threading.TIMEOUT_MAX)):
+                raise TimeoutError("killed while sleeping")
+            return args[1] if name == "asyncio.sleep" and len(args) > 1 else None
+        return NOT_HANDLED
+
+    @contextmanager
+    def _timed(self, limits: Limits) -> Iterator[_Clock]:
+        """Let the watch hold limits while the block runs."""
+        clock = _Clock(self._process, limits)
+        with self._lock:
+            self._clock = clock
+        try:
+            yield clock
+        finally:
+            with self._lock:
+                self._clock = None
+            clock.read()
+
+    def _enforce_clock(self) -> float:
+        """Kill the worker if its time is up; return how long it has at most."""
+        with self._lock:
+            clock = self._clock
+            left = CHECK_SECONDS[0] if clock is None else clock.seconds_left()
+        if left <= 0:
+            self.kill("timeout")
+        return left
+
+
+class _Process:
+    """A worker process, signalled through a handle so that a reused id is never hit.
+
+    Parameters
+    ----------
+    pid : int or None
+        Its id.
+    """
+
+    def __init__(self, pid: int | None) -> None:
+        self._pid = pid
+        self._handle: int | None = None
+        if pid is not None and sys.platform == "linux":
+            try:
+                self._handle = os.pidfd_open(pid)
+            except ProcessLookupError:
+                self._pid = None
+            except OSError:  # a kernel without it, or no descriptor left
+                pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+
+    def kill(self) -> None:
+        """End it, if it lives."""
+        with suppress(OSError):
+            if sys.platform == "linux" and self._handle is not None:
+                signal.pidfd_send_signal(self._handle, signal.SIGKILL)
+            elif self._pid is not None:
+                os.kill(self._pid, signal.SIGKILL)
+
+    def cpu_seconds(self) -> float | None:
+        """Return its CPU time, where the system shows it."""
+        return None if self._pid is None else cpu_seconds(self._pid)
 
 
 class _Clock:
@@ -164,17 +283,15 @@ class _Clock:
 
     Parameters
     ----------
-    pid : int or None
+    process : _Process or None
         The worker.
     limits : Limits
         Bounds of the run.
-    loop : asyncio.AbstractEventLoop
-        Whose clock is used.
     """
 
-    def __init__(self, pid: int | None, limits: Limits, loop: asyncio.AbstractEventLoop) -> None:
-        self._pid, self._limits, self._loop = pid, limits, loop
-        self._started, self._cpu_before = loop.time(), self._cpu()
+    def __init__(self, process: _Process | None, limits: Limits) -> None:
+        self._process, self._limits = process, limits
+        self._started, self._cpu_before = time.monotonic(), self._cpu()
         self.worker_limit_s = limits.cpu_s if self._cpu_before is None else limits.wall_s
         self.cpu_s = 0.0
         """CPU time used, seconds; 0 where it cannot be read."""
@@ -183,22 +300,22 @@ class _Clock:
 
     def seconds_left(self) -> float:
         """Return how long the run may go on at most."""
-        self.stop()
+        self.read()
         wall_left = self._limits.wall_s - self.wall_s
         if self._cpu_before is None:
             return wall_left
         return min(wall_left, self._limits.cpu_s - self.cpu_s)
 
-    def stop(self) -> None:
+    def read(self) -> None:
         """Read both clocks; a worker that is gone leaves the last CPU time."""
-        self.wall_s = self._loop.time() - self._started
+        self.wall_s = time.monotonic() - self._started
         used = self._cpu()
         if used is not None and self._cpu_before is not None:
             self.cpu_s = used - self._cpu_before
 
     def _cpu(self) -> float | None:
         """Return the worker's CPU time."""
-        return None if self._pid is None else cpu_seconds(self._pid)
+        return None if self._process is None else self._process.cpu_seconds()
 
 
 def _sources(code: str) -> list[tuple[str, int | None]]:

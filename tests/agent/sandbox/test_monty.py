@@ -319,6 +319,21 @@ def test_dumps_beyond_the_budget_are_dropped_and_rebuilt(monkeypatch):
     assert seen == [f"('{n}', {2**20}, {n})\n" for n in range(5)]
 
 
+def test_a_source_too_large_for_the_worker_is_a_crash():
+    crashed, after = results("x = 1\n" * 400_000, "5")
+    assert (crashed.status, after.stdout) == ("crash", "5\n")
+
+
+def test_sleeping_tasks_are_waited_for():
+    code = (
+        "import asyncio\nasync def f(n):\n    await asyncio.sleep(n)\n    return n\n"
+        "await asyncio.gather(f(0.02), f(0.01))"
+    )
+    (result,) = results(code)
+    assert (result.status, result.stdout) == ("ok", "[0.02, 0.01]\n")
+    assert result.wall_s >= 0.02
+
+
 def test_the_budget_drops_what_was_used_least_recently():
     budget = StateBudget(10)
     first, second = State(b"12345", (0,)), State(b"12345", (0,))
@@ -332,6 +347,28 @@ def test_the_budget_drops_what_was_used_least_recently():
     del first
     gc.collect()
     assert budget.num_bytes == 1
+
+
+ENDING = """
+import asyncio, sys
+from agent.sandbox.base import Limits
+from agent.sandbox.monty import MontySandbox
+async def main():
+    session = await MontySandbox(max_running=2).open(Limits(cpu_s=60, wall_s=60), 0)
+    await session.run("1")
+    cell = asyncio.ensure_future(session.run(sys.argv[1]))
+    await asyncio.sleep(0.3)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("code", ["1", "while True: pass", "import time\ntime.sleep(50)"])
+def test_the_interpreters_end_neither_waits_nor_crashes(repository, code):
+    started = time.monotonic()
+    for _ in range(4):
+        command = [sys.executable, "-c", ENDING, code]
+        assert subprocess.run(command, cwd=repository, timeout=60).returncode == 0
+    assert time.monotonic() - started < 40
 
 
 CALLER = """
