@@ -99,14 +99,32 @@ def _terminating_like_ctrl_c(terminations: list[int]) -> Iterator[None]:
         handler = signal.getsignal(signal.SIGINT)
         if callable(handler):
             handler(signal.SIGINT, frame)
-        else:  # Ctrl-C is ignored, as in the background of a script; SIGTERM never is
-            raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, forward)
+    with _handling_ctrl_c():
+        before = signal.signal(signal.SIGTERM, forward)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _handling_ctrl_c() -> Iterator[None]:
+    """See that there is a handler of Ctrl-C, even where it is ignored, and keep ignoring it.
+
+    A script's background ignores Ctrl-C, and there asyncio would make no handler of its own. So it
+    is blocked instead of ignored, which it does not notice.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        yield
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
 def quiet_libraries() -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -282,6 +283,18 @@ async def wait():
         await asyncio.sleep(0)  # what cleans up may wait, too
         print("saved", flush=True)
 
+async def compute():
+    print("ready", flush=True)
+    while True:
+        time.sleep(0.01)
+        await asyncio.sleep(0)
+
+async def share():
+    try:
+        await asyncio.gather(compute())
+    finally:
+        print("saved", flush=True)
+
 def sleep(awake):
     awake.set()
     time.sleep(60)
@@ -289,6 +302,8 @@ def sleep(awake):
 def run(config):
     if config.kind == "async":
         asyncio.run(wait())
+    if config.kind == "task":
+        asyncio.run(share())
     if config.kind == "child":
         fork = multiprocessing.get_context("fork")
         awake = fork.Event()
@@ -309,11 +324,15 @@ main("prm", {"run": Command(Config, run, "Run.")})
 
 
 @pytest.mark.parametrize("ctrl_c", [signal.default_int_handler, signal.SIG_IGN])
-@pytest.mark.parametrize("kind", ["async", "plain"])
+@pytest.mark.parametrize("kind", ["async", "task", "plain"])
 def test_sigterm_cleans_up_as_ctrl_c_does_even_where_that_is_ignored(kind, ctrl_c):
     code = f"import signal\nsignal.signal(signal.SIGINT, signal.{_name(ctrl_c)})\n{WAITING}"
     process = _started(code, kind)
     assert process.stdout.readline() == "ready\n"
+    if ctrl_c is signal.SIG_IGN:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert out == "saved\n"
