@@ -290,8 +290,9 @@ async def compute():
         await asyncio.sleep(0)
 
 async def share():
+    computing = asyncio.create_task(compute())
     try:
-        await asyncio.gather(compute())
+        await asyncio.Event().wait()
     finally:
         print("saved", flush=True)
 
