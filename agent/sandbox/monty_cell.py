@@ -28,6 +28,7 @@ Reason = Literal["timeout", "output_limit", "closed"]
 """Why a worker was killed."""
 
 MAX_TRACEBACK_FRAMES = 8
+MAX_MESSAGE_CHARS = 8_192
 _TRANSFER = Limits(cpu_s=60.0, wall_s=60.0)
 """Of a dump or load, which takes about 7 ms per MB; a loaded machine may take long."""
 
@@ -116,7 +117,7 @@ class MontyWorker:
 
     def load(self, state: State | None) -> None:
         """Bring the worker to a state whose dump is kept, or to the empty one."""
-        with self._timed(_TRANSFER):
+        with self._watched(_Clock(self._process, _TRANSFER)):
             if state is None or state.dump is None:
                 self._used.feed_run(_SETUP)
                 self._numbers = (0,)
@@ -127,8 +128,8 @@ class MontyWorker:
     def run(self, code: str, number: int) -> Outcome:
         """Run a cell; after any status but ``ok`` and ``error`` the state is lost."""
         out, err = Capture(self._limits.output_chars), Capture(self._limits.output_chars)
-        with self._timed(self._limits) as clock:
-            status, error = self._run(code, number, out, err, clock)
+        clock = _Clock(self._process, self._limits)
+        status, error = self._run(code, number, out, err, clock)
         return Outcome(
             status=status,
             error=error,
@@ -146,7 +147,7 @@ class MontyWorker:
         if outcome.status not in ("ok", "error"):
             return outcome, None
         try:
-            with self._timed(_TRANSFER):
+            with self._watched(_Clock(self._process, _TRANSFER)):
                 return outcome, State(self._used.dump(), self._numbers)
         except (MontyError, RuntimeError):  # its frame or the worker's memory is too small
             if self._reason == "timeout":  # it had ended at the last moment
@@ -175,7 +176,8 @@ class MontyWorker:
         for source, last_line in _sources(code):
             self._numbers += (number,)
             try:
-                self._used.feed_run(source, print_callback=on_print, os=self._system)
+                with self._watched(clock):
+                    self._used.feed_run(source, print_callback=on_print, os=self._system)
             except MontyCrashedError as problem:
                 if self._reason in ("timeout", "output_limit"):
                     return self._reason, self._reason
@@ -184,7 +186,7 @@ class MontyWorker:
                 err.feed(f"the interpreter died ({reason})\n".encode())
                 return "crash", "crash"
             except (MontyRuntimeError, MontySyntaxError) as problem:
-                if last_line is not None and _did_not_parse(problem):
+                if last_line is not None and _did_not_parse(problem.traceback()):
                     continue  # the last statement is no expression: run the cell as it is
                 status, error = self._ending(problem, clock)
                 if status != "timeout":
@@ -197,7 +199,6 @@ class MontyWorker:
         self, problem: MontyRuntimeError | MontySyntaxError, clock: _Clock
     ) -> tuple[Status, str]:
         """Tell an exception of the code from a limit that the worker itself noticed."""
-        clock.read()
         if self._used.worker_pid is None:  # out of memory where it could not go on
             return "crash", "crash"
         name = problem.display("type-msg").partition(":")[0].strip()
@@ -216,13 +217,12 @@ class MontyWorker:
         return NOT_HANDLED
 
     @contextmanager
-    def _timed(self, limits: Limits) -> Iterator[_Clock]:
-        """Let the watch hold limits while the block runs."""
-        clock = _Clock(self._process, limits)
+    def _watched(self, clock: _Clock) -> Iterator[None]:
+        """Let the watch kill the worker by this clock while the block runs."""
         with self._lock:
             self._clock = clock
         try:
-            yield clock
+            yield
         finally:
             with self._lock:
                 self._clock = None
@@ -332,9 +332,9 @@ def _sources(code: str) -> list[tuple[str, int | None]]:
     return [(shown, code.count("\n", 0, end) + 1), plain]
 
 
-def _did_not_parse(problem: MontyRuntimeError | MontySyntaxError) -> bool:
+def _did_not_parse(frames: Sequence[Frame]) -> bool:
     """Tell an error of the text as a whole, before anything ran, from one while running."""
-    return all(frame.function_name is None for frame in problem.traceback())
+    return bool(frames) and all(frame.function_name is None for frame in frames)
 
 
 def _print_traceback(
@@ -354,7 +354,11 @@ def _print_traceback(
     lines = ["Traceback (most recent call last):"] if ran else []
     for frame in frames[-MAX_TRACEBACK_FRAMES:]:
         lines += _frame_lines(frame, numbers)
-    lines.append(problem.display("type-msg"))
+    message = problem.display("type-msg")
+    if len(message) > MAX_MESSAGE_CHARS:
+        half = MAX_MESSAGE_CHARS // 2
+        message = f"{message[:half]}\n... [message cut] ...\n{message[-half:]}"
+    lines.append(message)
     err.feed("".join(f"{line}\n" for line in lines).encode(errors="backslashreplace"))
 
 

@@ -324,6 +324,17 @@ def test_a_source_too_large_for_the_worker_is_a_crash():
     assert (crashed.status, after.stdout) == ("crash", "5\n")
 
 
+def test_a_text_too_large_for_the_worker_inside_an_expression_is_a_crash():
+    crashed, after = results("exec('x = 1\\n' * 2_000_000)", "5", limits=replace(LIMITS, cpu_s=20))
+    assert (crashed.status, after.stdout) == ("crash", "5\n")
+
+
+def test_a_huge_message_is_cut_and_does_not_count_as_the_codes_time():
+    (result,) = results("raise ValueError('x' * 30_000_000)")
+    assert (result.status, result.error) == ("error", "ValueError")
+    assert len(result.stderr) < 500
+
+
 def test_sleeping_tasks_are_waited_for():
     code = (
         "import asyncio\nasync def f(n):\n    await asyncio.sleep(n)\n    return n\n"
