@@ -35,6 +35,8 @@ from agent.sandbox.forkjail.syscalls import (
     prctl,
 )
 
+SCRATCH_PREFIX = "forkjail-"
+"""Of scratch folders among the machine's temporary files (tier B); the zygote's number follows."""
 QUOTA_CHECK_S = 0.05
 ASLEEP_S = 1.0
 """How long a snapshot that cloned itself may take to say so before it is given up."""
@@ -200,7 +202,8 @@ class BoxInit:
         """Set how many threads and states there may be while this one runs."""
         if self._jail.own_namespaces:
             hard = self._jail.threads + self._jail.max_states
-            resource.prlimit(state.pid, resource.RLIMIT_NPROC, (min(soft, hard), hard))
+            with suppress(ProcessLookupError):
+                resource.prlimit(state.pid, resource.RLIMIT_NPROC, (min(soft, hard), hard))
 
     def _abandon(self, number: int) -> None:
         """End a cell; a snapshot that did not clone itself in time ends with it."""
@@ -233,6 +236,8 @@ class BoxInit:
             self._by_fd.pop(state.sock.fileno(), None)
             if state.pid:
                 self._kill(state)
+            else:
+                self._abandon(state.number)
             return
         if not state.started:
             self._begin(state, pid, gates)
@@ -252,7 +257,8 @@ class BoxInit:
         for gate in gates:
             self._gates.add(gate)
             self._poll.register(gate, select.POLLIN)
-            state.sock.send(b"1")
+            with suppress(OSError):  # dead already; the reaper will find it
+                state.sock.send(b"1")
         if not state.pid:
             state.pid = pid
         alive = sum(1 for other in self._states.values() if other.pid)
@@ -387,7 +393,7 @@ def run_box(
         scratch = namespaces.SCRATCH
     else:
         prctl(PR_SET_CHILD_SUBREAPER, 1)
-        scratch = tempfile.mkdtemp(prefix="sandbox-")
+        scratch = tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{os.getppid()}-")
         os.chdir(scratch)
     prctl(PR_SET_DUMPABLE, 0)
     BoxInit(hub, jail(scratch=scratch), cpu_s, scratch_mb * 2**20).loop()

@@ -107,6 +107,15 @@ class Zygote:
                             raise SandboxError(f"the zygote does not answer: {error}") from error
         raise AssertionError("unreachable")
 
+    def last_words(self) -> str:
+        """Return the last line that zygote or boxes complained with; empty if none."""
+        log = self._log
+        if log is None:
+            return ""
+        words = os.pread(log.fileno(), 1 << 20, max(0, os.fstat(log.fileno()).st_size - 2000))
+        lines = words.decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else ""
+
     def close(self) -> None:
         """End the zygote and every box, and wait until all are gone; may be called twice."""
         with self._lock:
@@ -165,10 +174,7 @@ class Zygote:
                     return None if frame["t"] == "ready" else str(frame.get("why"))
         except TimeoutError:
             return f"no sign of life in {START_S:g} s"
-        assert self._log is not None
-        self._log.seek(0)
-        lines = self._log.read()[-2000:].decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it died without a word"
+        return self.last_words() or "it died without a word"
 
     def _stop(self) -> None:
         """End the process: it ends its boxes when its socket closes, and goes."""

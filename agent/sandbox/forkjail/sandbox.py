@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -83,7 +84,11 @@ class ForkjailSession:
             raise SandboxError("the session is closed")
         async with self._lock, self._sandbox.slot():
             wanted = self._history.checked(self._latest if at is None else at)
-            node, ended = await self._run_somewhere(wanted, code)
+            try:
+                node, ended = await self._run_somewhere(wanted, code)
+            finally:
+                if self._closed:  # meanwhile: a new box may have been made since
+                    self._leave_box()
             status, source, error = _verdict(ended, self._limits)
             stderr = ended.stderr + _cause(ended, status, self._limits)
             origin = self._standing(wanted)
@@ -156,6 +161,8 @@ class ForkjailSession:
         last: SandboxError | None = None
         stuck = 0
         for _ in range(ATTEMPTS):
+            if self._closed:
+                raise SandboxError("the session is closed")
             try:
                 return await self._run_here(self._standing(wanted), code)
             except _Stuck:
@@ -167,6 +174,9 @@ class ForkjailSession:
             except (BoxLost, ReplayDiverged) as error:
                 last = error
             self._leave_box()
+        words = self._sandbox.last_words()
+        if isinstance(last, BoxLost) and words:
+            raise SandboxError(f"{last}; its last words: {words}")
         raise last or SandboxError("a cell could not be run: its state does not stay alive")
 
     async def _run_here(self, node: int, code: str) -> tuple[int, Ended]:
@@ -295,6 +305,12 @@ def _cause(ended: Ended, status: Status, limits: Limits) -> str:
     return f"the interpreter died (signal {signal.Signals(-frame['code']).name})\n"
 
 
+def _close_unused(made: asyncio.Future[socket.socket]) -> None:
+    """Close the socket of a box that nobody waits for any more."""
+    if not made.cancelled() and made.exception() is None:
+        made.result().close()
+
+
 class ForkjailSandbox:
     """Makes `ForkjailSession`s.
 
@@ -346,10 +362,18 @@ class ForkjailSandbox:
         SandboxError
             If there is none to be had.
         """
-        sock = await asyncio.to_thread(self._zygote.new_box, limits, seed)
-        box = Box(sock)
+        made = asyncio.ensure_future(asyncio.to_thread(self._zygote.new_box, limits, seed))
+        try:
+            box = Box(await asyncio.shield(made))
+        except asyncio.CancelledError:
+            made.add_done_callback(_close_unused)
+            raise
         await box.greet()
         return box
+
+    def last_words(self) -> str:
+        """Return the last complaint of the processes behind this sandbox."""
+        return self._zygote.last_words()
 
     def slot(self) -> asyncio.Semaphore:
         """Return the running loop's bound on cells that run at the same time."""

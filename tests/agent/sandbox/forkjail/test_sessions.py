@@ -171,6 +171,38 @@ def test_a_state_that_hangs_in_its_fork_gives_way_to_the_one_before(play, monkey
     assert (second.stdout, second.stderr) == ("2\n", "")
 
 
+def test_a_snapshot_whose_clones_die_at_birth_gives_way_at_once(play):
+    async def scene(sandbox):
+        session = await sandbox.open(LIMITS, 0)
+        await session.run("x = 1")
+        await session.run("import os\nos.register_at_fork(after_in_child=lambda: os._exit(0))")
+        began = time.monotonic()
+        result = await session.run("x")
+        return result.stdout, result.stderr, time.monotonic() - began
+
+    stdout, stderr, seconds = play(scene)
+    assert (stdout, stderr) == ("1\n", FELL_BACK)
+    assert seconds < client.WAKE_S
+
+
+def test_closing_a_session_ends_the_run_in_it(play):
+    async def scene(sandbox):
+        session = await sandbox.open(LIMITS, 0)
+        await session.run("import time")
+        running = asyncio.create_task(session.run("time.sleep(60)"))
+        await asyncio.sleep(0.3)
+        await session.close()
+        with pytest.raises(SandboxError):
+            await running
+        for _ in range(200):  # a box takes a moment to go
+            if not descendants(sandbox.pid):
+                break
+            await asyncio.sleep(0.1)
+        return descendants(sandbox.pid), session._box
+
+    assert play(scene) == ([], None)
+
+
 def test_a_process_left_alone_by_a_thread_bomb_is_no_hindrance(play):
     async def scene(sandbox):
         session = await sandbox.open(LIMITS, 0)
