@@ -37,13 +37,15 @@ PROGRAM = Path(__file__).with_name("code_box.py")
 CANDIDATE_LIMITS = Limits(cpu_s=10.0, wall_s=60.0, output_chars=200_000)
 """Of its definition, and of each call: gold solutions need up to 5 s. A longer reply is cut, and
 wrong."""
-TESTS_LIMITS = Limits(cpu_s=20.0, wall_s=120.0, output_chars=2_000_000)
+TESTS_LIMITS = Limits(cpu_s=10.0, wall_s=60.0, output_chars=2_000_000)
 MAX_CODE_CHARS = 100_000
 """A longer candidate is wrong."""
 TOTAL_CPU_S = 40.0
 """CPU time of all calls together, seconds."""
 TOTAL_WALL_S = 180.0
 """Wall clock of all calls together, seconds: for a candidate that sleeps."""
+MAX_REPLIES_CHARS = 2_000_000
+"""Of all replies together, as text."""
 FAILED = '{"failed": true}'
 _TAGS = frozenset({"tuple", "set", "frozenset", "dict", "complex"})
 
@@ -120,6 +122,7 @@ class _Verdict:
         self._task, self._candidate, self._tests = task, candidate, tests
         self._replies: dict[str, str] = {}
         self._cpu_s = self._wall_s = 0.0
+        self._num_chars = 0
 
     async def passed(self) -> bool:
         """Ask for the calls the tests make until they end."""
@@ -133,13 +136,15 @@ class _Verdict:
         return False
 
     async def _make_calls(self, calls: Sequence[str]) -> bool:
-        """Collect replies up to the first that is none; False once they took too long."""
+        """Collect replies up to the first that is none; False once they are too much."""
         for call in calls[: MAX_CALLS - len(self._replies)]:
             text, result = await self._candidate.ask("reply", call)
             self._replies[call] = checked_reply(text) or FAILED
             self._cpu_s += result.cpu_s
             self._wall_s += result.wall_s
-            if self._cpu_s > TOTAL_CPU_S or self._wall_s > TOTAL_WALL_S:
+            self._num_chars += len(self._replies[call])
+            too_long = self._cpu_s > TOTAL_CPU_S or self._wall_s > TOTAL_WALL_S
+            if too_long or self._num_chars > MAX_REPLIES_CHARS:
                 return False
             if self._replies[call] == FAILED:  # the tests may end before they get here
                 break
@@ -191,20 +196,22 @@ class Checker:
         ToolFailure
             If the sandbox broke, or the tests pass arguments that do not travel: no verdict.
         InputError
-            If the task has no hidden tests.
+            If the task has no hidden tests, or the sandbox does not run all of Python.
         """
         hidden = HiddenTests.of(task)
         if len(candidate) > MAX_CODE_CHARS:
             return False
         sources = json.dumps([hidden.given, candidate, hidden.objects_code])
         try:
-            async with self._box(CANDIDATE_LIMITS, seed) as beside:
+            async with (
+                self._box(TESTS_LIMITS, seed) as tests,
+                self._box(CANDIDATE_LIMITS, seed) as beside,
+            ):
+                if not await tests.prepare(f"box = Tests({json.dumps(hidden.as_meta())!r})"):
+                    raise ToolFailure("the hidden tests could not be loaded in this sandbox")
                 if not await beside.prepare(f"box = Candidate({sources!r})"):
                     return False
-                async with self._box(TESTS_LIMITS, seed) as tests:
-                    if not await tests.prepare(f"box = Tests({json.dumps(hidden.as_meta())!r})"):
-                        raise ToolFailure("the box of the hidden tests did not start")
-                    return await _Verdict(task, beside, tests).passed()
+                return await _Verdict(task, beside, tests).passed()
         except ReplayDiverged:  # only a candidate that does not repeat itself brings this about
             return False
         except SandboxError as error:
@@ -213,7 +220,13 @@ class Checker:
     @asynccontextmanager
     async def _box(self, limits: Limits, seed: int) -> AsyncIterator[Box]:
         """Open a session for one verdict; the state after its preparation stays alive."""
-        session = await self._sandbox().open(limits, seed, retain="lru:2")
+        sandbox = self._sandbox()
+        if not sandbox.capabilities.cpython:
+            raise InputError(
+                f"hidden tests run in a sandbox with the whole of Python, which {sandbox.name!r} "
+                "is not: choose --sandbox auto"
+            )
+        session = await sandbox.open(limits, seed, retain="lru:2")
         try:
             yield Box(session)
         finally:

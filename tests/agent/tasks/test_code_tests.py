@@ -201,6 +201,8 @@ CASES = [
     ("types are kept", "def f(x): return x",
      ["assert f(1) is not True", "assert type(f((1.0,))[0]) is float", "assert f(True) is True",
       "assert type(f(frozenset({1}))) is frozenset", "assert f({1: (2,)}) == {1: (2,)}"]),
+    ("values may be long", "def f(x): return [x] * 30_000",
+     ["assert all(f('%d' % n) == ['%d' % n] * 30_000 for n in range(9))"]),
     ("a set may hold what the tests cannot", "def f(x): return {1, 2}", ["assert 1 in f(1)"]),
 ]  # fmt: skip
 
@@ -221,7 +223,9 @@ FAILING = [
      "def f(x): return 1", "try:\n    f(1)\nexcept:\n    pass"),
     ("a value of another type", "def f(x): return range(3)", "assert list(f(1)) == [0, 1, 2]"),
     ("tests that never end", "def f(x): return 1", "assert f(1)\nwhile f(1): pass"),
-    ("more calls than a thousand", "def f(x): return 1", "n = 0\nwhile f(n): n += 1"),
+    ("more text than two million characters", "def f(x): return 'x' * 150_000",
+     "assert all(len(f(n)) == 150_000 for n in range(15))"),
+    ("more calls than are allowed", "def f(x): return 1", "n = 0\nwhile f(n): n += 1"),
 ]  # fmt: skip
 
 
@@ -240,6 +244,12 @@ def test_a_broken_sandbox_gives_no_verdict(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
     with pytest.raises(ToolFailure, match="sandbox of the hidden tests broke: .*cannot start"):
         verdicts(tmp_path, MBPP, [MBPP["code"]], backend="unsafe")
+
+
+def test_a_sandbox_of_a_part_of_python_is_refused(tmp_path):
+    pytest.importorskip("pydantic_monty", reason="needs the extra 'monty'")
+    with pytest.raises(InputError, match="whole of Python, which 'monty' is not"):
+        verdicts(tmp_path, MBPP, [MBPP["code"]], backend="monty")
 
 
 def test_a_task_without_tests_is_refused(tmp_path):
