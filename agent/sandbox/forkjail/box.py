@@ -20,6 +20,7 @@ from _socket import socket as RawSocket
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import NoReturn
 
 from agent.processes import cpu_seconds
@@ -174,12 +175,9 @@ class BoxInit:
                 signal.signal(number, signal.SIG_DFL)
             control = RawSocket(fileno=os.dup(theirs.fileno()))
             code = read_text(source)
-            kept = {0, 1, 2, out, err, control.fileno()}
-            for fd in set(range(3, 1024)) - kept:
-                try:
-                    os.close(fd)
-                except OSError:
-                    continue
+            kept = [2, *sorted((out, err, control.fileno())), 1 << 16]
+            for lower, upper in pairwise(kept):
+                os.closerange(lower + 1, upper)
             run_first(self._jail, control, (out, err), code)
         except BaseException:
             os.write(2, traceback.format_exc().encode())

@@ -6,6 +6,7 @@ import ctypes
 import os
 import stat
 from collections.abc import Iterable
+from functools import cache
 
 from agent.sandbox.forkjail.syscalls import syscall
 
@@ -35,6 +36,7 @@ class _Path(ctypes.Structure):
     _fields_ = (("allowed", ctypes.c_uint64), ("fd", ctypes.c_int32))
 
 
+@cache
 def abi() -> int:
     """Return the version of Landlock in this kernel, 0 for none."""
     version_flag = 1

@@ -68,6 +68,11 @@ class Zygote:
         self._log: IO[bytes] | None = None
 
     @property
+    def up(self) -> bool:
+        """Whether it runs, so that a box is made without waiting for it to start."""
+        return self._control is not None and not self._lock.locked()
+
+    @property
     def pid(self) -> int | None:
         """The live process, None before the first use."""
         return None if self._process is None else self._process.pid

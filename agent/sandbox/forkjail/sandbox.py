@@ -87,8 +87,7 @@ class ForkjailSession:
             try:
                 node, ended = await self._run_somewhere(wanted, code)
             finally:
-                if self._closed:  # meanwhile: a new box may have been made since
-                    self._leave_box()
+                self._leave_if_closed()  # meanwhile: a new box may have been made since
             status, source, error = _verdict(ended, self._limits)
             stderr = ended.stderr + _cause(ended, status, self._limits)
             origin = self._standing(wanted)
@@ -145,6 +144,11 @@ class ForkjailSession:
         while node in self._stands_for:
             node = self._stands_for[node]
         return node
+
+    def _leave_if_closed(self) -> None:
+        """Give up the box of a closed session."""
+        if self._closed:
+            self._leave_box()
 
     def _leave_box(self) -> None:
         """Give up the box and every state in it."""
@@ -362,12 +366,15 @@ class ForkjailSandbox:
         SandboxError
             If there is none to be had.
         """
-        made = asyncio.ensure_future(asyncio.to_thread(self._zygote.new_box, limits, seed))
-        try:
-            box = Box(await asyncio.shield(made))
-        except asyncio.CancelledError:
-            made.add_done_callback(_close_unused)
-            raise
+        if self._zygote.up:
+            box = Box(self._zygote.new_box(limits, seed))
+        else:
+            made = asyncio.ensure_future(asyncio.to_thread(self._zygote.new_box, limits, seed))
+            try:
+                box = Box(await asyncio.shield(made))
+            except asyncio.CancelledError:
+                made.add_done_callback(_close_unused)
+                raise
         await box.greet()
         return box
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import struct
+from functools import cache
 
 from agent.sandbox.forkjail.syscalls import (
     CONDITIONAL,
@@ -117,6 +118,7 @@ def _search(allowed: list[int]) -> list[bytes]:
     return [_op(_AT_LEAST, allowed[middle], len(lower), 0), *lower, *upper]
 
 
+@cache
 def build_filter(machine: Machine, *, own_files: bool) -> bytes:
     """Assemble the filter.
 
@@ -141,7 +143,7 @@ def build_filter(machine: Machine, *, own_files: bool) -> bytes:
     ]
     if machine.name == "x86_64":  # the x32 numbering shares the architecture value
         program += [_op(_AT_LEAST, 0x40000000, 0, 1), _op(_RETURN, _KILL_PROCESS)]
-    bodies, harmless = _bodies(), numbers(HARMLESS, machine)
+    bodies, harmless = _bodies(), dict(numbers(HARMLESS, machine))
     for name, number in numbers(CONDITIONAL, machine).items():
         body = bodies.get(name, [_refuse(errno.EPERM)])
         program += [_op(_EQUAL, number, 0, len(body)), *body]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 # name=x86-64/aarch64, "-" where a machine lacks the call; checked against the kernel's headers.
 HARMLESS = """
@@ -71,7 +73,8 @@ MACHINES = {
 }
 
 
-def numbers(table: str, machine: Machine) -> dict[str, int]:
+@cache
+def numbers(table: str, machine: Machine) -> Mapping[str, int]:
     """Return the numbers of the calls that a machine has.
 
     Examples

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NoReturn
 
-from agent.sandbox.forkjail import namespaces
+from agent.sandbox.forkjail import landlock, namespaces, seccomp
 from agent.sandbox.forkjail.box import run_box
 from agent.sandbox.forkjail.cell import Confinement, clone
 from agent.sandbox.forkjail.frames import Frame, Reader, close_all, send
@@ -29,6 +29,7 @@ from agent.sandbox.forkjail.syscalls import (
     PR_SET_CHILD_SUBREAPER,
     PR_SET_NO_NEW_PRIVS,
     prctl,
+    this_machine,
 )
 from trajectory.codec import from_json
 
@@ -170,6 +171,8 @@ def main() -> None:
     ours = set(os.environ.pop(_CODE_FOLDERS, "").split(os.pathsep)) - set(site.getsitepackages())
     sys.path[:] = [p for p in sys.path if p not in ours]
     sys.argv = [""]
+    landlock.abi()  # computed once, here, for all boxes
+    seccomp.build_filter(this_machine(), own_files=config.own_namespaces)
     gc.collect()
     gc.freeze()
     Zygote(control, config).loop()
