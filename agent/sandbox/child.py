@@ -76,6 +76,7 @@ class Child:
 
     def __init__(self, limits: Limits, seed: int) -> None:
         self._limits = limits
+        self._cpu_seen = 0.0
         with ExitStack() as undo:  # also reached half-way, when descriptors run out
             try:
                 self._folder = tempfile.mkdtemp(prefix="sandbox-")
@@ -143,14 +144,19 @@ class Child:
             self._drain(fd, Capture(2))
         captures = tuple(Capture(self._limits.output_chars) for _ in self._pipes)
         started, cpu_before = loop.time(), cpu_seconds(self._process.pid) or 0.0
+        self._cpu_seen = cpu_before
         exchange = asyncio.ensure_future(self._exchange(code, number))
         with self._reading(captures, on_flood=exchange.cancel):
             try:
                 status, error = await self._supervise(exchange, started, cpu_before)
             finally:
                 exchange.cancel()
+                # At once: its own clean-up comes a step of the loop later, when the descriptor may
+                # be closed and taken by another child, whose replies would then go unnoticed.
+                loop.remove_reader(self._control)
+                loop.remove_writer(self._control)
         wall_s = loop.time() - started
-        cpu_s = (cpu_seconds(self._process.pid) or cpu_before) - cpu_before
+        cpu_s = self._cpu_time() - cpu_before
         stderr = self._finish(captures, status)
         return Outcome(
             status=status,
@@ -239,8 +245,7 @@ class Child:
         loop, limits = asyncio.get_running_loop(), self._limits
         while True:
             wall_left = started + limits.wall_s - loop.time()
-            used = cpu_seconds(self._process.pid)
-            cpu_left = limits.cpu_s - (used - cpu_before) if used is not None else limits.cpu_s
+            cpu_left = limits.cpu_s - (self._cpu_time() - cpu_before)
             if min(wall_left, cpu_left) <= 0:
                 return "timeout", "timeout"
             low, high = CHECK_SECONDS
@@ -255,6 +260,11 @@ class Child:
             if done or has_ended(self._process):
                 return await self._cause_of_death()
 
+    def _cpu_time(self) -> float:
+        """Return the CPU time used so far; a dead child leaves what was seen last."""
+        self._cpu_seen = cpu_seconds(self._process.pid) or self._cpu_seen
+        return self._cpu_seen
+
     @staticmethod
     def _read_reply(frame: dict[str, object]) -> tuple[Status, str | None]:
         """Turn a reply into a status."""
@@ -264,6 +274,7 @@ class Child:
 
     async def _cause_of_death(self) -> tuple[Status, str | None]:
         """Name what ended a child that gave no reply, after a moment to end by itself."""
+        self._cpu_time()
         for _ in range(20):
             if has_ended(self._process):
                 break

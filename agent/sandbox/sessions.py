@@ -17,7 +17,8 @@ class Machine(Protocol):
         """Run ``code`` in the state ``node``.
 
         A run that ends ``ok`` or ``error`` becomes the node ``len(history)``; after any other
-        ending, an exception or a cancellation the machine must be able to restore ``node``.
+        ending, an exception or a cancellation nothing of it is left running and the machine is
+        able to restore ``node``.
         """
         ...
 
@@ -26,7 +27,7 @@ class Machine(Protocol):
         ...
 
     def close(self) -> None:
-        """End what the machine keeps running; may be called twice, and during a run."""
+        """End what the machine keeps between runs; may be called twice, but not during a run."""
         ...
 
 
@@ -115,10 +116,16 @@ class HistorySession:
     async def close(self) -> None:
         """End the session and the run in progress; may be called twice."""
         self._closed = True
-        if self._running is not None:
-            self._running.get_loop().call_soon_threadsafe(self._running.cancel)
-        self._machine.close()
         self._sessions.forget(self)
+        running = self._running
+        if running is not None and not running.get_loop().is_closed():
+            # The machine ends what it keeps itself, in the order its event loop needs.
+            if running.get_loop() is not asyncio.get_running_loop():
+                running.get_loop().call_soon_threadsafe(running.cancel)
+                return
+            running.cancel()
+            await asyncio.wait((running,))
+        self._machine.close()
 
     def _check_open(self) -> None:
         """Refuse to work in a closed session."""
