@@ -108,7 +108,7 @@ def confine(jail: Confinement, control: RawSocket) -> None:
         processes=(soft, soft + jail.max_states) if jail.own_namespaces else None,
     )
     prctl(PR_SET_NO_NEW_PRIVS, 1)
-    if landlock.abi():
+    if landlock.abi() or not jail.own_namespaces:  # without either, files would be open
         landlock.restrict(
             read=(*jail.read_only, "/dev/urandom", "/dev/null"), write=(jail.scratch, "/dev/null")
         )

@@ -15,6 +15,7 @@ import signal
 import site
 import socket
 import sys
+import time
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from trajectory.codec import from_json
 
 CHILD_SIGNAL = 17
 _CODE_FOLDERS = "PYTHONPATH"
+GOODBYE_S = 3.0
+"""How long a box without namespaces may take to clean up after itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,17 +100,26 @@ class Zygote:
             for frame, descriptors in reader.frames():
                 self._make_box(frame, descriptors[0])
                 close_all(descriptors)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         # The first process of a namespace takes all others with it; without one, a box has to
         # end its cells and remove its files itself.
-        how = signal.SIGKILL if self._config.own_namespaces else signal.SIGTERM
-        for pid in self._boxes:
-            with suppress(ProcessLookupError):
-                os.kill(pid, how)
+        if not self._config.own_namespaces:
+            self._signal_boxes(signal.SIGTERM)
+            self._signal_boxes(signal.SIGCONT)
+            deadline = time.monotonic() + GOODBYE_S
+            while self._boxes and time.monotonic() < deadline:
+                time.sleep(0.01)
+        self._signal_boxes(signal.SIGKILL)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         with suppress(ChildProcessError):
             while True:
                 os.waitpid(-1, 0)
         os._exit(0)
+
+    def _signal_boxes(self, number: int) -> None:
+        """Send a signal to every box."""
+        for pid in list(self._boxes):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def _reap(self, *_: object) -> None:
         """Forget boxes that have ended."""

@@ -6,6 +6,7 @@ import resource
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,11 @@ except RuntimeError:
     pass
 n
 """
+
+
+def parent(pid):
+    """The parent of a process."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def test_a_branch_is_a_fork_in_the_same_box(play):
@@ -227,6 +233,25 @@ def test_a_killed_box_is_replaced_by_replay(play):
     assert play(scene) == ("42\n", "1\n", "2\n")
 
 
+def test_a_box_that_hangs_is_replaced(play, monkeypatch):
+    monkeypatch.setattr(client, "WAKE_S", 1.0)
+    monkeypatch.setattr(client, "GRACE_S", 1.0)
+
+    async def scene(sandbox):
+        session, other = await sandbox.open(LIMITS, 0), await sandbox.open(LIMITS, 0)
+        await session.run("x = 41")
+        below = set(descendants(sandbox.pid))
+        await other.run("x = 1")
+        (box,) = [p for p in below if parent(p) == sandbox.pid]
+        os.kill(box, signal.SIGSTOP)
+        result, beside = await asyncio.gather(session.run("x + 1"), other.run("x"))
+        return result.stdout, beside.stdout, [*descendants(sandbox.pid), sandbox.pid]
+
+    result, beside, processes = play(scene)
+    assert (result, beside) == ("42\n", "1\n")
+    assert not [p for p in processes if os.path.exists(f"/proc/{p}")]
+
+
 def test_a_killed_zygote_is_replaced(play):
     async def scene(sandbox):
         session = await sandbox.open(LIMITS, 0)
@@ -274,7 +299,7 @@ def test_nothing_is_left_behind(play):
 
     async def scene(sandbox):
         for number in range(5):
-            session = await sandbox.open(LIMITS, number, retain="all")
+            session = await sandbox.open(replace(LIMITS, cpu_s=0.2), number, retain="all")
             for code in ("x = 1", "while True: pass", "import os; os._exit(1)", "x"):
                 await session.run(code)
             await session.branch()
