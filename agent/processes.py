@@ -44,7 +44,10 @@ def has_ended(process: subprocess.Popen[bytes]) -> bool:
     if process.returncode is not None:
         return True
     flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
-    return os.waitid(os.P_PID, process.pid, flags) is not None
+    try:
+        return os.waitid(os.P_PID, process.pid, flags) is not None
+    except ChildProcessError:  # the caller ignores SIGCHLD, so the kernel has reaped it
+        return True
 
 
 def end_group(process: subprocess.Popen[bytes]) -> int:

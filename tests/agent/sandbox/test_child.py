@@ -3,6 +3,8 @@
 import asyncio
 import os
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -80,3 +82,25 @@ def test_the_cpu_time_of_a_run_that_died_is_kept():
     outcome = asyncio.run(run())
     assert outcome.status == "crash"
     assert 0.5 < outcome.cpu_s < 2
+
+
+IGNORING = """
+import asyncio, signal
+from agent.sandbox import build_sandbox
+from agent.sandbox.base import Limits
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+async def main():
+    sandbox = build_sandbox("unsafe", allow_unsafe=True)
+    session = await sandbox.open(Limits(), 0)
+    for code in ("x = 1", "import os; os._exit(3)", "x"):
+        result = await session.run(code)
+        print(result.status, result.stdout.strip())
+    await sandbox.close()
+asyncio.run(main())
+"""
+
+
+def test_a_death_is_noticed_in_a_caller_that_ignores_its_children(repository):
+    command = [sys.executable, "-c", IGNORING]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split("\n") == ["ok ", "crash ", "ok 1", ""]
