@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,6 +77,8 @@ class CodeGoldConfig:
     """Index of the first task used."""
     num_tasks: int | None = None
     """How many tasks; all when not given."""
+    gold_only: bool = False
+    """Leave the wrong variants out."""
     sandbox: str = AUTO
     """Where the code runs: auto (the strongest this machine offers) or a backend."""
     allow_unsafe_tools: bool = False
@@ -116,7 +119,7 @@ def check(config: CodeGoldConfig) -> CodeGoldReport:
     judged = report.tasks - len(report.no_verdict)
     wrong = len(report.gold_wrong)
     table.add_row("gold solution", str(judged - wrong), str(wrong), "right")
-    for kind in VARIANTS:
+    for kind in () if config.gold_only else VARIANTS:
         right = len(report.accepted[kind])
         table.add_row(kind, str(right), str(judged - right), "wrong")
     Console().print(table)
@@ -142,7 +145,7 @@ async def _check(config: CodeGoldConfig) -> CodeGoldReport:
 
             async def one(task: Task) -> None:
                 async with slots:
-                    await _check_task(domain, task, report)
+                    await _check_task(domain, task, report, {} if config.gold_only else VARIANTS)
                 bar.advance()
 
             await asyncio.gather(*map(one, tasks))
@@ -151,13 +154,15 @@ async def _check(config: CodeGoldConfig) -> CodeGoldReport:
     return report
 
 
-async def _check_task(domain: TaskDomain, task: Task, report: CodeGoldReport) -> None:
-    """Grade the gold solution of a task and its variants."""
+async def _check_task(
+    domain: TaskDomain, task: Task, report: CodeGoldReport, variants: Mapping[str, str]
+) -> None:
+    """Grade the gold solution of a task and variants of it."""
     names = HiddenTests.of(task).functions
     try:
         if await domain.grade(task, task.answer) != 1.0:
             report.gold_wrong.append(task.task_id)
-        for kind, code in VARIANTS.items():
+        for kind, code in variants.items():
             added = "\n".join(code.format(name=name) for name in names)
             if await domain.grade(task, f"{task.answer}\n\n{added}") != 0.0:
                 report.accepted[kind].append(task.task_id)

@@ -42,6 +42,13 @@ def test_a_sample_of_the_real_data_is_told_right_from_wrong(shared, name, first)
     assert not any(report.accepted.values())
 
 
+def test_the_variants_can_be_left_out(tmp_path, capsys):
+    spec = write_rows(tmp_path, {**MBPP, "test_list": ["swap([1])"]})
+    report = check(config(spec, gold_only=True))
+    assert (report.tasks, report.gold_wrong, report.accepted) == (1, [], {})
+    assert "returns None" not in capsys.readouterr().out
+
+
 def test_tasks_of_another_domain_are_refused():
     with pytest.raises(InputError, match="domain 'arithmetic': give code:FILE"):
         check(config("arithmetic"))
