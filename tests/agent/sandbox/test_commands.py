@@ -1,16 +1,16 @@
-"""``python -m agent.sandbox``: doctor, check, bench and soak, and what happens without isolation."""
+"""``python -m agent.sandbox``: doctor, check, bench, soak; and what happens without isolation."""
 
 import json
 import os
 import subprocess
 import sys
-import textwrap
+import tempfile
 
 import pytest
 
 from agent.sandbox import bench, build_sandbox
 from agent.sandbox.bench import BenchConfig
-from agent.sandbox.check import Case, read_cases
+from agent.sandbox.check import CANARY_FILE, Case, read_cases
 from agent.sandbox.forkjail.doctor import usable_tier
 from agent.sandbox.soak import SoakConfig
 from trajectory.errors import InputError
@@ -121,11 +121,8 @@ def test_a_case_that_differs_is_named_and_fails_the_check(tmp_path):
 
 
 def test_a_backend_that_shows_a_canary_fails_the_check(tmp_path):
-    code = textwrap.dedent("""
-        import glob, tempfile
-        for name in glob.glob(tempfile.gettempdir() + "/../*/sbx_canary_*") + glob.glob("/tmp/sbx_canary_*"):
-            print(open(name).read())
-        """)  # noqa: E501
+    pattern = f"{tempfile.gettempdir()}/{CANARY_FILE}*"
+    code = f"import glob\nfor name in glob.glob({pattern!r}): print(open(name).read())"
     path = cases_file(tmp_path / "cases.jsonl", ("peek", "secrets", code, "contained", "a secret"))
     unsafe = ("--backend", "unsafe", "--allow-unsafe-tools")
     status, out, _ = command("agent.sandbox", "check", path, *unsafe)
