@@ -129,7 +129,8 @@ async def _probe(tier: str) -> Finding:
     lines = result.stdout.splitlines()
     done = [line.removeprefix("DONE ") for line in lines if line.startswith("DONE ")]
     if result.status != "ok" or not lines or not lines[-1].startswith("TRIED "):
-        last = (result.stderr.strip().splitlines() or [result.status])[-1]
+        said = [line for line in result.stderr.splitlines() if not line.startswith("the interp")]
+        last = (said or [result.status])[-1]
         return Finding(tier=tier, usable=False, tried=0, reason=f"a first cell failed: {last}")
     if arrived:
         done.append("write outside its folder")
