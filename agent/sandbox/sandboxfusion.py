@@ -221,7 +221,7 @@ def _address(url: str) -> SplitResult:
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # a port that is no number
         usable = False
-    if not usable or parts.query or parts.fragment:
+    if not usable or parts.query or parts.fragment or parts.username is not None:
         raise InputError(
             f"the sandbox 'sandboxfusion' needs the address of a server, not {url!r}; "
             "write sandboxfusion:http://HOST:PORT"

@@ -54,7 +54,8 @@ def results(url, *codes, limits=LIMITS, **settings):
 
 
 @pytest.mark.parametrize(
-    "url", ["", "HOST:80", "ftp://host", "http://", "http://host:x", "http://h/?q=1", "file:///x"]
+    "url",
+    ["", "HOST:80", "ftp://host", "http://", "http://host:x", "http://h/?q=1", "http://me:pw@h"],
 )
 def test_what_is_no_address_is_refused_with_the_form(url):
     with pytest.raises(InputError, match="sandboxfusion:http://HOST:PORT"):
@@ -273,6 +274,12 @@ def test_a_refused_connection_is_a_broken_sandbox():
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     with pytest.raises(SandboxError, match="could not be reached"):
         results(url, "1")
+
+
+def test_a_server_without_encryption_is_not_talked_to_over_https(server):
+    with pytest.raises(SandboxError, match="could not be reached"):
+        results(server.url.replace("http:", "https:"), "1")
+    assert server.requests == []
 
 
 def test_a_server_killed_during_a_request_is_a_broken_sandbox(repository):
