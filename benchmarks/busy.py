@@ -78,6 +78,11 @@ class Pair:
         """Labelling's tokens per second over those of direct feeding; 1 is a full engine."""
         return self.labelling.tokens_per_second / self.direct.tokens_per_second
 
+    @property
+    def cpu_share(self) -> float:
+        """The same per second of processor time: hardly moved by neighbours, blind to waiting."""
+        return self.labelling.tokens_per_cpu_second / self.direct.tokens_per_cpu_second
+
 
 def measure_pairs(config: BusyConfig) -> list[Pair]:
     """Label and feed directly in turn, on one engine.
@@ -170,6 +175,7 @@ def feeding(config: BusyConfig) -> None:
         "machine": facts,
         "concurrency": config.agent.concurrency,
         "busy_share": median(pair.share for pair in pairs),
+        "busy_share_by_cpu_time": median(pair.cpu_share for pair in pairs),
         "pairs": [_row(pair) for pair in pairs],
         "step_seconds": median(step["seconds"] for step in steps) if steps else None,
         "steps": steps,
@@ -185,6 +191,7 @@ def _row(pair: Pair) -> dict[str, object]:
     """Render a pair for JSON."""
     return {
         "busy_share": pair.share,
+        "busy_share_by_cpu_time": pair.cpu_share,
         "labelling": {
             **asdict(pair.labelling),
             "tokens_per_second": pair.labelling.tokens_per_second,
@@ -196,18 +203,20 @@ def _row(pair: Pair) -> dict[str, object]:
 def _print(pairs: Sequence[Pair], steps: Sequence[dict[str, float]]) -> None:
     """Print both tables, the medians last."""
     console = Console()
-    table = Table("tokens", "labelling, tokens/s", "direct, tokens/s", "busy", title="labelling")
+    heads = ("tokens", "labelling, tokens/s", "direct, tokens/s", "busy", "busy by CPU time")
+    table = Table(*heads, title="labelling")
+
+    def add(name: str, chosen: Sequence[Pair]) -> None:
+        labelling = median(pair.labelling.tokens_per_second for pair in chosen)
+        direct = median(pair.direct.tokens_per_second for pair in chosen)
+        shares = [median(p.share for p in chosen), median(p.cpu_share for p in chosen)]
+        rates = [f"{rate:,.0f}" for rate in (labelling, direct)]
+        table.add_row(name, *rates, *(f"{share:.2f}" for share in shares))
+
     for pair in pairs:
-        rates = (pair.labelling.tokens_per_second, pair.direct.tokens_per_second)
-        tokens = str(pair.labelling.generated_tokens)
-        table.add_row(tokens, *(f"{rate:,.0f}" for rate in rates), f"{pair.share:.2f}")
+        add(str(pair.labelling.generated_tokens), [pair])
     table.add_section()
-    middle = [
-        median(pair.labelling.tokens_per_second for pair in pairs),
-        median(pair.direct.tokens_per_second for pair in pairs),
-    ]
-    share = median(pair.share for pair in pairs)
-    table.add_row("median", *(f"{rate:,.0f}" for rate in middle), f"{share:.2f}")
+    add("median", pairs)
     console.print(table)
     if steps:
         table = Table("seconds", *_PHASES, "tokens per episode", title="policy optimize, per step")

@@ -24,12 +24,13 @@ def agent(policy, **changes):
     return AgentConfig(policy=str(policy), device="cpu", **(fields | changes))
 
 
-def test_the_share_is_the_ratio_of_the_two_rates():
+def test_the_shares_are_the_ratios_of_the_two_rates():
     pair = Pair(
-        labelling=Feed(generated_tokens=90, seconds=3.0, cpu_seconds=3.0),
-        direct=Feed(generated_tokens=90, seconds=2.0, cpu_seconds=2.0),
+        labelling=Feed(generated_tokens=90, seconds=3.0, cpu_seconds=2.0),
+        direct=Feed(generated_tokens=90, seconds=2.0, cpu_seconds=1.8),
     )
     assert pair.share == pytest.approx(2 / 3)  # 30 tokens a second against 45
+    assert pair.cpu_share == pytest.approx(0.9)  # 45 a processor second against 50
 
 
 def test_the_command_alternates_both_and_times_the_steps(policy, tmp_path, capsys):
