@@ -22,11 +22,27 @@ from trajectory.errors import InputError
 from trajectory.records import JsonValue, Step, Task
 
 SYSTEM_PROMPT = """\
-Answer questions about an SQLite database. You may first call the tool sql, as often as you need: \
-look at the data, try a query and read its result. When you know the query that answers the \
-question, reply with it alone, as one statement in a block that begins with ```sql and ends with \
-```, without a tool call. Return exactly the columns that are asked for, in the order of the \
-question."""
+Answer questions about an SQLite database with a query. First call the tool sql to look at the data
+and to try queries; then reply with the one query that answers the question, alone in a block of
+sql. It returns exactly the columns that are asked for.
+
+Example
+Question: What is the name of the heaviest dog?
+Your first turn:
+<tool_call>
+{"name": "sql", "arguments": {"query": "SELECT name, weight FROM dog ORDER BY weight DESC LIMIT 2"}}
+</tool_call>
+You are shown:
+name | weight
+-----+-------
+Rex  | 30.5
+Ada  | 8.0
+(2 rows)
+Your last turn:
+```sql
+SELECT name FROM dog ORDER BY weight DESC LIMIT 1
+```"""
+"""Small models write neither calls nor blocks that they were not shown."""
 
 DATABASE_COLUMNS = ("db_id", "db", "database")
 GOLD_COLUMNS = ("gold", "query", "sql", "answer")
