@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -65,27 +66,32 @@ class StateBudget:
         self._kept: OrderedDict[int, tuple[weakref.ref[State], int]] = OrderedDict()
         self.num_bytes = 0
         """Of the dumps kept."""
+        # States end in whichever thread collects them, also within a method of this.
+        self._lock = threading.RLock()
 
     def add(self, state: State) -> None:
         """Count a state until its last owner drops it."""
         key, size = id(state), len(state.dump or b"")
-        self._kept[key] = (weakref.ref(state, lambda _: self._forget(key)), size)
-        self.num_bytes += size
-        while self.num_bytes > self._max_bytes:
-            oldest, (reference, _) = next(iter(self._kept.items()))
-            self._forget(oldest)
-            if (dropped := reference()) is not None:
-                dropped.dump = None
+        with self._lock:
+            self._kept[key] = (weakref.ref(state, lambda _: self._forget(key)), size)
+            self.num_bytes += size
+            while self.num_bytes > self._max_bytes:
+                oldest, (reference, _) = next(iter(self._kept.items()))
+                self._forget(oldest)
+                if (dropped := reference()) is not None:
+                    dropped.dump = None
 
     def touch(self, state: State) -> None:
         """Make a state the one used most recently."""
-        if id(state) in self._kept:
-            self._kept.move_to_end(id(state))
+        with self._lock:
+            if id(state) in self._kept:
+                self._kept.move_to_end(id(state))
 
     def _forget(self, key: int) -> None:
         """Stop counting a state."""
-        _, size = self._kept.pop(key, (None, 0))
-        self.num_bytes -= size
+        with self._lock:
+            _, size = self._kept.pop(key, (None, 0))
+            self.num_bytes -= size
 
 
 class MontyMachine:
@@ -149,9 +155,10 @@ class MontyMachine:
         replayed: list[tuple[int, Cell]] = []
         for number, cell in reversed(history.path(node)):
             state = self._states.get(number)
-            if state is not None and state.dump is not None:
+            if state is not None and (dump := state.dump) is not None:
                 self._sandbox.budget.touch(state)
-                return state, replayed[::-1]
+                # A copy: another session's state may push this dump out before it is loaded.
+                return State(dump, state.numbers), replayed[::-1]
             replayed.append((number, cell))
         return None, replayed[::-1]
 

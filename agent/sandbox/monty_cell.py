@@ -118,10 +118,11 @@ class MontyWorker:
     def load(self, state: State | None) -> None:
         """Bring the worker to a state whose dump is kept, or to the empty one."""
         with self._watched(_Clock(self._process, _TRANSFER)):
-            if state is None or state.dump is None:
+            if state is None:
                 self._used.feed_run(_SETUP)
                 self._numbers = (0,)
             else:
+                assert state.dump is not None
                 self._used.load_session(state.dump)
                 self._numbers = state.numbers
 

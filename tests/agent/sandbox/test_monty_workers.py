@@ -163,6 +163,20 @@ def test_dumps_beyond_the_budget_are_dropped_and_rebuilt(monkeypatch):
     assert seen == [f"('{n}', {2**20}, {n})\n" for n in range(5)]
 
 
+def test_a_state_chosen_for_a_run_is_loaded_even_if_it_is_dropped_meanwhile():
+    async def run():
+        async with opened() as session:
+            await session.run("x = 1")
+            machine = session._machine
+            chosen, replayed = machine._nearest(session._history, 1)
+            machine._states[1].dump = None
+            return chosen.dump, replayed, (await session.run("x")).stdout
+
+    dump, replayed, shown = asyncio.run(run())
+    assert dump is not None
+    assert (replayed, shown) == ([], "1\n")
+
+
 def test_the_budget_drops_what_was_used_least_recently():
     budget = StateBudget(10)
     first, second = State(b"12345", (0,)), State(b"12345", (0,))
