@@ -1,23 +1,16 @@
-"""The command ``check``: runs hostile and odd inputs and says whether each ended as expected.
+"""The command ``check``: runs hostile inputs side by side with harmless ones and counts the harm.
 
-A case is a JSON object with ``id``, ``category``, ``code``, ``expect`` and ``reason``; a line
-``# %%`` in ``code`` separates the turns of one session and ``expect`` is about the last one:
-``ok``, ``error`` (an exception, the state kept), ``timeout``, ``killed`` (the process died) or
-``contained`` (any of these). Category ``sql`` is a query against a small database. In every case
-no turn may show ``ESCAPED`` or a canary, and the next turn of the session must still work.
+Every case has to end as expected, every harmless session beside them has to give its own numbers,
+and nothing may be left behind: no process, no zombie, no descriptor, no file.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import re
-import secrets
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,21 +18,15 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from agent.sandbox import AUTO, build_sandbox
-from agent.sandbox.base import Limits, Result, Sandbox, SandboxError
-from trajectory.codec import from_json
+from agent.sandbox.base import Sandbox, SandboxError
+from agent.sandbox.cases import LIMITS, Case, Verdict, canaries, read_cases, run_case
+from agent.sandbox.soak import descendants
 from trajectory.errors import InputError
-
-LIMITS = Limits(cpu_s=3.0, wall_s=6.0, memory_mb=512)
-CANARY_VARIABLE = "SBX_CANARY_SECRET"
-CANARY_FILE = "sbx_canary_"
-ESCAPED = "ESCAPED"
-_NEXT_TURN = re.compile(r"(?m)^# %%\n")
-_EXPECTED = ("ok", "error", "timeout", "killed", "contained")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig:
-    """Run hostile inputs against a backend; ends with exit code 1 if any differs."""
+    """Run hostile inputs against a backend; ends with exit code 1 if any does harm."""
 
     cases: Positional[Path]
     """A .jsonl file of cases."""
@@ -48,200 +35,154 @@ class CheckConfig:
     only: str = ""
     """Run the cases whose id or category contains this."""
     runs: int = 1
-    """How often to run all of them."""
+    """How often to run all of them, each time in a new sandbox."""
+    side_by_side: int = 4
+    """Cases in flight."""
     allow_unsafe_tools: bool = False
     """Accept a backend without isolation."""
 
     def __post_init__(self) -> None:
-        if self.runs < 1:
-            raise InputError(f"--runs must be >= 1, not {self.runs}")
+        if self.runs < 1 or self.side_by_side < 1:
+            raise InputError("--runs and --side-by-side must be >= 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
-    """One input and what has to become of it."""
+class Checked:
+    """What a run of all cases came to."""
 
-    id: str
-    category: str
-    code: str
-    expect: str
-    reason: str
+    verdicts: Sequence[Verdict]
+    beside: Counter[bool]
+    """Calls of harmless sessions that gave the right answer (True) and that did not."""
+    left: Sequence[str]
+    """Processes, descriptors and files that are still there after the sandbox was closed."""
 
+    @property
+    def clean(self) -> bool:
+        """Whether all was as expected."""
+        return not (any(v.problem for v in self.verdicts) or self.beside[False] or self.left)
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
-    """What became of a case."""
+    def summary(self) -> str:
+        """Return the counts in a line.
 
-    case: Case
-    ended: str
-    """How the last turn ended."""
-    problem: str
-    """What was not as expected; empty if all was."""
-    seconds: float
-    """Wall-clock time of the last turn."""
-
-
-def read_cases(path: Path) -> list[Case]:
-    """Read a file of cases.
-
-    Raises
-    ------
-    InputError
-        If it is missing, or a line is no case.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"cannot read the cases {path}: {error.strerror}") from error
-    cases = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            case = from_json(Case, json.loads(line))
-        except ValueError as error:
-            raise InputError(f"{path}, line {number}: not a case: {error}") from error
-        if case.expect not in _EXPECTED:
-            valid = ", ".join(_EXPECTED)
-            raise InputError(f"{path}, line {number}: expect is {case.expect!r}; valid: {valid}")
-        cases.append(case)
-    if not cases:
-        raise InputError(f"{path} holds no case")
-    return cases
-
-
-@contextmanager
-def canaries() -> Iterator[str]:
-    """Plant a secret in this process's environment and beside its temporary files."""
-    secret = f"canary-{secrets.token_hex(8)}"
-    with tempfile.NamedTemporaryFile("w", prefix=CANARY_FILE, suffix=".txt") as file:
-        file.write(secret)
-        file.flush()
-        os.chmod(file.name, 0o644)
-        os.environ[CANARY_VARIABLE] = secret
-        try:
-            yield secret
-        finally:
-            del os.environ[CANARY_VARIABLE]
-
-
-async def run_case(
-    sandbox: Sandbox, case: Case, *, secret: str, limits: Limits = LIMITS
-) -> Verdict:
-    """Run a case in a session of its own.
-
-    Raises
-    ------
-    SandboxError
-        If the sandbox broke.
-    """
-    if case.category == "sql":
-        return await _run_query(sandbox, case, secret=secret, limits=limits)
-    session = await sandbox.open(limits, 0)
-    try:
-        results = [await session.run(turn) for turn in _NEXT_TURN.split(case.code)]
-        after = await session.run("print(6 * 7)")
-    finally:
-        await session.close()
-    text = "".join(r.stdout + r.stderr for r in results)
-    ended = _ended(results[-1])
-    # Patched builtins are the session's own affair: its next turn has to end, not to print.
-    patched = case.category == "tamper" and after.status in ("ok", "error")
-    goes_on = after.stdout.strip().endswith("42") or patched
-    return Verdict(
-        case=case,
-        ended=ended,
-        problem=_problem(case, ended, text, secret=secret, goes_on=goes_on),
-        seconds=results[-1].wall_s,
-    )
-
-
-async def _run_query(sandbox: Sandbox, case: Case, *, secret: str, limits: Limits) -> Verdict:
-    """Run a case of category ``sql`` through the SQL tool."""
-    from agent.tools.sql_cases import run_sql_case  # a tool, made of sandboxes: not at the top
-
-    began = time.perf_counter()
-    found = await run_sql_case(sandbox, limits, case.code)
-    return Verdict(
-        case=case,
-        ended=found.ended,
-        problem=_problem(case, found.ended, found.text, secret=secret, goes_on=found.goes_on),
-        seconds=time.perf_counter() - began,
-    )
-
-
-def _ended(result: Result) -> str:
-    """Name the end of a run as cases do."""
-    return {"crash": "killed", "output_limit": "killed"}.get(result.status, result.status)
-
-
-def _problem(case: Case, ended: str, text: str, *, secret: str, goes_on: bool) -> str:
-    """Say what is wrong, or nothing."""
-    problems = []
-    if case.expect not in ("contained", ended):
-        problems.append(f"expected {case.expect}")
-    if ESCAPED in text:
-        problems.append("it escaped")
-    if secret in text:
-        problems.append("it read a canary")
-    if not goes_on:
-        problems.append("the next turn of the session failed")
-    return ", ".join(problems)
-
-
-def summary(verdicts: Sequence[Verdict]) -> str:
-    """Count what went as expected.
-
-    Examples
-    --------
-    >>> summary([])
-    '0 of 0 as expected'
-    """
-    good = sum(1 for verdict in verdicts if not verdict.problem)
-    return f"{good} of {len(verdicts)} as expected"
+        Examples
+        --------
+        >>> Checked(verdicts=[], beside=Counter({True: 5}), left=[]).summary()
+        '0 of 0 as expected; 5 of 5 harmless calls beside them right; left behind: nothing'
+        """
+        good = sum(1 for verdict in self.verdicts if not verdict.problem)
+        return (
+            f"{good} of {len(self.verdicts)} as expected; {self.beside[True]} of "
+            f"{self.beside.total()} harmless calls beside them right; left behind: "
+            f"{', '.join(self.left) or 'nothing'}"
+        )
 
 
 def check(config: CheckConfig) -> None:
-    """Run the cases, print one line each and the count.
+    """Run the cases, print one line each and the counts.
 
     Raises
     ------
     InputError
         If the file or the backend cannot be had, or no case is chosen.
     SystemExit
-        With code 1, if a case did not end as expected.
+        With code 1, if a case did not end as expected or something else was harmed.
     """
     chosen = [c for c in read_cases(config.cases) if config.only in f"{c.id} {c.category}"]
     if not chosen:
         raise InputError(f"no case of {config.cases} has {config.only!r} in its id or category")
-    verdicts = asyncio.run(_check(config, chosen))
-    Console().print(summary(verdicts), highlight=False)
-    if any(verdict.problem for verdict in verdicts):
+    console, clean = Console(), True
+    for number in range(1, config.runs + 1):
+        sandbox = build_sandbox(config.backend, allow_unsafe=config.allow_unsafe_tools)
+        console.print(
+            f"run {number} of {config.runs}: backend {sandbox.name}, isolation "
+            f"{sandbox.isolation}, uid {os.getuid()}",
+            highlight=False,
+        )
+        found = asyncio.run(run_all(sandbox, chosen, config.side_by_side, show=_show(console)))
+        console.print(found.summary(), highlight=False, soft_wrap=True)
+        clean &= found.clean
+    if not clean:
         raise SystemExit(1)
 
 
-async def _check(config: CheckConfig, cases: Sequence[Case]) -> list[Verdict]:
-    """Run the cases in order, printing as they end."""
-    console, verdicts = Console(), []
-    sandbox = build_sandbox(config.backend, allow_unsafe=config.allow_unsafe_tools)
-    console.print(f"backend {sandbox.name}, isolation {sandbox.isolation}", highlight=False)
+async def run_all(
+    sandbox: Sandbox,
+    cases: Sequence[Case],
+    side_by_side: int,
+    *,
+    show: Callable[[Verdict], None] | None = None,
+) -> Checked:
+    """Run cases with a harmless session beside them, close the sandbox, and look what is left.
+
+    Parameters
+    ----------
+    sandbox : Sandbox
+        Closed at the end.
+    cases : sequence of Case
+    side_by_side : int
+        Cases in flight, >= 1.
+    show : callable, optional
+        Gets every verdict as it falls.
+    """
+    # The event loop of this call keeps three descriptors of its own, open before and after.
+    before, children = _descriptors(), set(descendants(os.getpid()))
+    places, verdicts = asyncio.Semaphore(side_by_side), list[Verdict]()
+
+    async def one(case: Case, secret: str) -> None:
+        async with places:
+            try:
+                verdict = await run_case(sandbox, case, secret=secret)
+            except SandboxError as error:
+                problem = f"the sandbox broke: {error}"
+                verdict = Verdict(case=case, ended="broken", problem=problem, seconds=0.0)
+        verdicts.append(verdict)
+        if show is not None:
+            show(verdict)
+
+    over, beside = asyncio.Event(), Counter[bool]()
+    harmless = asyncio.create_task(_harmless(sandbox, over, beside))
     try:
         with canaries() as secret:
-            for case in [case for _ in range(config.runs) for case in cases]:
-                try:
-                    verdict = await run_case(sandbox, case, secret=secret)
-                except SandboxError as error:
-                    verdict = Verdict(
-                        case=case, ended="broken", problem=f"the sandbox broke: {error}", seconds=0
-                    )
-                verdicts.append(verdict)
-                console.print(_line(verdict), highlight=False, markup=False, soft_wrap=True)
+            await asyncio.gather(*(one(case, secret) for case in cases))
+        over.set()
+        await harmless
+        below = set(descendants(os.getpid())) - children
     finally:
+        harmless.cancel()
         await sandbox.close()
-    return verdicts
+    left = [f"process {pid}" for pid in sorted(below) if Path(f"/proc/{pid}").exists()]
+    extra = _descriptors() - before
+    left += [f"{extra} descriptors"] if extra > 0 else []
+    files = (f"forkjail-{pid}-*" for pid in below)
+    left += [str(file) for name in files for file in Path(tempfile.gettempdir()).glob(name)]
+    return Checked(verdicts=verdicts, beside=beside, left=left)
 
 
-def _line(verdict: Verdict) -> str:
-    """Write a verdict."""
-    case = verdict.case
-    mark = "ok  " if not verdict.problem else "FAIL"
-    problem = f"  {verdict.problem}: {case.reason}" if verdict.problem else ""
-    return f"{mark} {case.id:<36} {verdict.ended:<8} {verdict.seconds:6.2f} s{problem}"
+async def _harmless(sandbox: Sandbox, over: asyncio.Event, beside: Counter[bool]) -> None:
+    """Open sessions that count, one after the other, until the cases are over."""
+    while not over.is_set():
+        session = await sandbox.open(LIMITS, 0)
+        for number in range(1, 6):
+            code = f"x = {number} + (x if {number} > 1 else 0)\nx"
+            result = await session.run(code)
+            beside[result.stdout == f"{number * (number + 1) // 2}\n"] += 1
+        await session.close()
+        await asyncio.sleep(0.05)
+
+
+def _descriptors() -> int:
+    """Return how many descriptors this process has open."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+def _show(console: Console) -> Callable[[Verdict], None]:
+    """Return what prints a verdict."""
+
+    def show(verdict: Verdict) -> None:
+        case = verdict.case
+        mark = "ok  " if not verdict.problem else "FAIL"
+        problem = f"  {verdict.problem}: {case.reason}" if verdict.problem else ""
+        line = f"{mark} {case.id:<36} {verdict.ended:<8} {verdict.seconds:6.2f} s{problem}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    return show

@@ -10,7 +10,7 @@ import pytest
 
 from agent.sandbox import bench, build_sandbox
 from agent.sandbox.bench import BenchConfig
-from agent.sandbox.check import CANARY_FILE, Case, read_cases
+from agent.sandbox.cases import CANARY_FILE, Case, read_cases
 from agent.sandbox.forkjail.doctor import usable_tier
 from agent.sandbox.soak import SoakConfig
 from trajectory.errors import InputError
@@ -116,7 +116,8 @@ def test_a_case_that_differs_is_named_and_fails_the_check(tmp_path):
     assert "FAIL lie error" in out
     assert "expected ok: said to be harmless" in out
     assert "it escaped" in out
-    assert out.endswith("2 of 4 as expected")
+    assert "2 of 4 as expected" in out
+    assert out.endswith("left behind: nothing")
     assert command("agent.sandbox", "check", path, "--only", "plain")[0] == 0
 
 
