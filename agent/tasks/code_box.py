@@ -4,8 +4,8 @@ Sent to a sandbox as source, so it imports nothing of this project. In one box i
 candidate (`load_candidate`, `answer_call`), in the other the tests (`load_tests`, `run_tests`),
 where the tested functions are stand-ins that know only the replies they were given. A value
 becomes JSON as itself, or, where JSON has no such type, as an object with one tag: ``tuple``,
-``set``, ``frozenset``, ``dict`` (a list of pairs), ``complex``, ``bytes``; arguments may also be
-``name`` and ``call``, objects that exist only beside the candidate.
+``set``, ``frozenset``, ``dict`` (a list of pairs), ``complex``, ``bytes``, ``type`` (a built-in
+one); arguments may also be ``name`` and ``call``, objects that exist only beside the candidate.
 """
 
 from __future__ import annotations
@@ -58,19 +58,27 @@ def encode(value: object) -> object:
         value = value.item()  # type: ignore[attr-defined]  # a scalar
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, complex):
-        return {"complex": [value.real, value.imag]}
-    if isinstance(value, bytes | bytearray):
-        return {"bytes": value.hex()}
     if isinstance(value, list):
         return [encode(item) for item in value]
     if isinstance(value, dict):
         return {"dict": [[encode(key), encode(item)] for key, item in value.items()]}
-    if isinstance(value, Elsewhere):
-        return value.code
     for kind in (tuple, set, frozenset):
         if isinstance(value, kind):
             return {kind.__name__: [encode(item) for item in value]}
+    return encode_rare(value)
+
+
+def encode_rare(value: object) -> object:
+    """Return what `encode` does for a value that is neither common nor a collection."""
+    if isinstance(value, complex):
+        return {"complex": [value.real, value.imag]}
+    if isinstance(value, bytes | bytearray):
+        return {"bytes": value.hex()}
+    if isinstance(value, Elsewhere):
+        return value.code
+    name = getattr(value, "__name__", "")
+    if isinstance(value, type) and vars(builtins).get(name) is value:
+        return {"type": name}
     raise Unsupported(type(value).__name__)
 
 
@@ -89,6 +97,8 @@ def decode(value: object, names: Mapping[str, Callable[..., object]] | None = No
     ((tag, body),) = value.items()
     if tag == "bytes":
         return bytes.fromhex(body)
+    if tag == "type":
+        return {n: kind for n, kind in vars(builtins).items() if isinstance(kind, type)}[body]
     if names is not None and tag == "name":
         return names[body]
     if names is not None and tag == "call":
@@ -132,7 +142,7 @@ class Candidate:
         print(mark + text)  # noqa: T201
 
 
-class Tests:
+class Judge:
     """The box of the tests: all about them, and nothing of the candidate."""
 
     def __init__(self, hidden: str) -> None:

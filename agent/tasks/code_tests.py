@@ -11,8 +11,8 @@ Each call starts from the state right after the candidate's definition, so calls
 each other, and the same call with the same arguments is made once. A candidate that changes its
 arguments changes its own copies. What is raised reaches the tests as the nearest built-in
 exception. A value of any other type than None, bool, int, float, complex, str, bytes, list, tuple,
-set, frozenset and dict (numpy's scalars count as Python's) is wrong, as is a call that crashes,
-exits or exceeds a limit.
+set, frozenset and dict is wrong (numpy's scalars count as Python's, and built-in types are values
+too), as is a call that crashes, exits or exceeds a limit.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from trajectory.records import JsonValue, Task
 
 META = "code"
 """Key of a task's ``meta`` that holds its `HiddenTests`."""
-PROGRAM = Path(__file__).with_name("code_box.py")
+PROGRAM = Path(__file__).with_name("code_box.py").read_text()
 CANDIDATE_LIMITS = Limits(cpu_s=10.0, wall_s=60.0, output_chars=200_000)
 """Of its definition, and of each call: gold solutions need up to 5 s. A longer reply is cut, and
 wrong."""
@@ -101,7 +101,7 @@ class Box:
 
     async def prepare(self, statement: str) -> bool:
         """Load the program and run a statement that makes ``box``; False if that failed."""
-        code = f"{PROGRAM.read_text()}\n\n\n{statement}\nprint({self._mark!r})"
+        code = f"{PROGRAM}\n\n\n{statement}\nprint({self._mark!r})"
         result = await self._session.run(code)
         self._ready = result.node
         return result.status == "ok" and self._mark in result.stdout
@@ -207,7 +207,7 @@ class Checker:
                 self._box(TESTS_LIMITS, seed) as tests,
                 self._box(CANDIDATE_LIMITS, seed) as beside,
             ):
-                if not await tests.prepare(f"box = Tests({json.dumps(hidden.as_meta())!r})"):
+                if not await tests.prepare(f"box = Judge({json.dumps(hidden.as_meta())!r})"):
                     raise ToolFailure("the hidden tests could not be loaded in this sandbox")
                 if not await beside.prepare(f"box = Candidate({sources!r})"):
                     return False
@@ -265,6 +265,6 @@ def _is_plain(value: object) -> bool:
     if len(value) != 1:
         return False
     ((tag, body),) = value.items()
-    if tag == "bytes":
+    if tag in ("bytes", "type"):
         return isinstance(body, str)
     return tag in _TAGS and isinstance(body, list) and _is_plain(body)

@@ -82,6 +82,7 @@ class Sly(int):
         (np.float64(0.5), 0.5),
         (np.bool_(True), True),
         ([np.int8(1)], [1]),
+        ((int, [ValueError]), (int, [ValueError])),
     ],
 )
 def test_subclasses_and_numpy_scalars_become_plain(value, arrived):
@@ -92,6 +93,7 @@ def test_subclasses_and_numpy_scalars_become_plain(value, arrived):
     ("value", "name"),
     [
         (object(), "object"),
+        (Colour, "EnumType"),
         (len, "builtin_function_or_method"),
         (iter([1]), "list_iterator"),
         ([range(3)], "range"),
@@ -120,6 +122,7 @@ def test_any_other_type_does_not_travel(value, name):
         '{"value": {"call": ["f", [], {}]}}',
         '{"value": {"tuple": 3}}',
         '{"value": {"bytes": [1]}}',
+        '{"value": {"type": ["int"]}}',
         '{"value": {"tuple": [], "set": []}}',
         '{"value": {"tuple": [{"code": "1"}]}}',
         '{"value": ' + "[" * 100_000 + "]" * 100_000 + "}",

@@ -84,7 +84,7 @@ CHEATS = {
     "patches the program beside it": (
         "import sys\nmain = sys.modules['__main__']\n"
         "main.encode = lambda value: 'x'\nmain.decode = lambda *a: None\n"
-        "main.Tests = main.Stop = None\ndef f(x): return 1"
+        "main.Judge = main.Stop = None\ndef f(x): return 1"
     ),
     "replaces check and its own name": (
         "import sys\ndef check(candidate): return True\n"
@@ -203,6 +203,8 @@ CASES = [
       "assert type(f(frozenset({1}))) is frozenset", "assert f({1: (2,)}) == {1: (2,)}"]),
     ("values may be long", "def f(x): return [x] * 30_000",
      ["assert all(f('%d' % n) == ['%d' % n] * 30_000 for n in range(9))"]),
+    ("built-in types are values", "def f(x):\n    return int if x is str else None",
+     ["assert f(str) is int", "assert f(int) is None"]),
     ("a set may hold what the tests cannot", "def f(x): return {1, 2}", ["assert 1 in f(1)"]),
 ]  # fmt: skip
 
@@ -220,6 +222,8 @@ FAILING = [
     ("a call that a loop passes over", "def f(x): raise StopIteration",
      "assert all(map(lambda x: f(x) == 1, [1, 2]))"),
     ("a lie about a set", "import sys\nsys.modules['__main__'].encode = lambda v: {'set': [[]]}\n"
+     "def f(x): return 1", "try:\n    f(1)\nexcept:\n    pass"),
+    ("what is no type", "import sys\nsys.modules['__main__'].encode = lambda v: {'type': 'exec'}\n"
      "def f(x): return 1", "try:\n    f(1)\nexcept:\n    pass"),
     ("a value of another type", "def f(x): return range(3)", "assert list(f(1)) == [0, 1, 2]"),
     ("tests that never end", "def f(x): return 1", "assert f(1)\nwhile f(1): pass"),
