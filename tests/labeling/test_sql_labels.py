@@ -65,7 +65,7 @@ def written(prompt):
 def settings(lab, out, tasks, *, agent=None, **changes):
     options = {"tasks": f"sql:{tasks}", "allow_unsafe_tools": True, "sandbox": "unsafe"}
     options |= {"max_turn_tokens": 400, "concurrency": 3}
-    return config(lab, out, agent=options | (agent or {}), rollouts=2, **changes)
+    return config(lab, out, agent=options | (agent or {}), rollouts=1, **changes)
 
 
 def engine(lab):
