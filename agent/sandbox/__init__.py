@@ -34,9 +34,9 @@ def _forkjail(allow_unsafe: bool) -> Sandbox:
     if tier is None:
         raise InputError(
             "this machine offers no isolation, so code written by the model is not run "
-            f"({reasons}); pass --allow-unsafe-tools to run it without isolation, or choose "
-            "another --sandbox; "
-            "`python -m agent.sandbox doctor` says more"
+            f"({reasons}); choose --sandbox monty (a part of Python) or sandboxfusion:URL, or pass "
+            "--allow-unsafe-tools to run it without isolation; `python -m agent.sandbox doctor` "
+            "says more"
         )
     return ForkjailSandbox(own_namespaces=tier == "A", max_running=os.cpu_count() or 1)
 
