@@ -2,8 +2,7 @@
 
 import asyncio
 import json
-import sqlite3
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager
 
 import pytest
 from hypothesis import given
@@ -11,20 +10,13 @@ from hypothesis import strategies as st
 
 from agent.sandbox import SandboxProvider, build_sandbox
 from agent.sandbox.base import Limits
-from agent.tools import build_tools, check_tasks
+from agent.tools import build_tools
 from agent.tools.base import ToolFailure
 from agent.tools.sql import MAX_QUERY_CHARS, SqlTool
-from agent.tools.sql_box import StatementResult
 from agent.tools.sql_cases import run_sql_case
-from agent.tools.sql_database import (
-    database_from_script,
-    database_path,
-    pack,
-    packed_database,
-    read_database,
-)
+from agent.tools.sql_database import database_from_script, pack
 from agent.tools.sql_program import NOW, Database, split
-from agent.tools.sql_table import MAX_CHARS, cell_text, results_text
+from agent.tools.sql_table import MAX_CHARS
 from trajectory.errors import InputError
 from trajectory.records import Task
 
@@ -372,84 +364,7 @@ def test_every_hostile_case_ends_as_expected(shared, backend):
     assert len(cases) == 8
 
 
-def test_a_task_without_a_database_is_refused_before_any_episode():
-    task = Task(task_id="t7", domain="math", prompt="p", answer="a")
-    check_tasks(["calculator", "python"], [task])
-    with pytest.raises(InputError, match="task 't7' of the domain 'math' has no database"):
-        check_tasks(["calculator", "sql"], [task])
-    with pytest.raises(InputError, match="has no database"):
-        database_path(task)
-
-
 def test_a_sandbox_without_sqlite_is_refused_at_once():
     pytest.importorskip("pydantic_monty")
     with pytest.raises(InputError, match="whole of Python, which 'monty' is not"):
         build_tools(["sql"], SandboxProvider("monty"))
-
-
-def wal_database(path):
-    with closing(sqlite3.connect(path)) as connection:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.executescript(SCRIPT)
-    return path
-
-
-def test_a_database_in_write_ahead_mode_is_read(tmp_path):
-    data = read_database(wal_database(tmp_path / "items.sqlite"))
-    with closing(sqlite3.connect(":memory:")) as connection:
-        connection.deserialize(data)
-        assert connection.execute("SELECT count(*) FROM items").fetchone() == (3,)
-
-
-def test_changes_that_are_not_in_the_file_yet_are_not_lost_silently(tmp_path):
-    path = tmp_path / "items.sqlite"
-    with closing(sqlite3.connect(path)) as connection:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.executescript(SCRIPT)
-        with pytest.raises(InputError, match="changes beside it in items.sqlite-wal"):
-            read_database(path)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(None, "No such file"), (b"id,name\n1,a\n", "no SQLite database"), (b"", "no SQLite")],
-)
-def test_a_file_that_is_no_database_is_named(tmp_path, content, message):
-    path = tmp_path / "items.sqlite"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(InputError, match=rf"items\.sqlite.*{message}"):
-        packed_database(path)
-
-
-def test_a_changed_file_is_read_again(tmp_path):
-    path = tmp_path / "items.sqlite"
-    path.write_bytes(database_from_script("CREATE TABLE a(x)"))
-    first = packed_database(path)
-    path.write_bytes(database_from_script("CREATE TABLE a(x); CREATE TABLE b(x)"))
-    assert packed_database(path) != first
-
-
-def test_a_number_looks_like_one():
-    """Hand-computed: 15 significant digits, and .0 where a real has no fraction."""
-    values = (0.1 + 0.2, 1e20, -3.0, 1 / 3)
-    assert [cell_text(v) for v in values] == ["0.3", "1e+20", "-3.0", "0.333333333333333"]
-
-
-@given(
-    st.lists(
-        st.lists(st.text() | st.integers() | st.none(), min_size=2, max_size=2), max_size=30
-    ).map(lambda rows: tuple(map(tuple, rows)))
-)
-def test_a_table_has_one_line_per_row_and_columns_that_line_up(rows):
-    result = StatementResult(
-        columns=("a", "b"), num_columns=2, rows=rows, num_rows=len(rows), changed=None
-    )
-    text = results_text([result])
-    lines = text.splitlines()
-    if len(text) < MAX_CHARS:
-        header, rule = lines[:2]
-        assert rule.index("+") == header.index("|")
-        assert all(line[rule.index("+")] == "|" for line in lines[2:-1])
-        shown = len(lines) - 3
-        assert shown == len(rows) or f"{len(rows) - shown} of them not shown" in lines[-1]
