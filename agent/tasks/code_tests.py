@@ -21,7 +21,7 @@ import json
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from agent.sandbox import SandboxProvider
@@ -99,20 +99,35 @@ class Box:
         self._mark = f"<{secrets.token_hex(8)}>"
         self._ready = 0
 
-    async def prepare(self, statement: str) -> bool:
-        """Load the program and run a statement that makes ``box``; False if that failed."""
-        code = f"{PROGRAM}\n\n\n{statement}\nprint({self._mark!r})"
-        result = await self._session.run(code)
-        self._ready = result.node
-        return result.status == "ok" and self._mark in result.stdout
+    async def prepare(self, statement: str) -> Result:
+        """Load the program, then run a statement that makes ``box``; ok only if it was made.
+
+        Raises
+        ------
+        ToolFailure
+            If the program itself does not load.
+        """
+        loaded = await self._run(PROGRAM)
+        if loaded.status != "ok":
+            raise ToolFailure(f"the box of the hidden tests did not start: {_end(loaded)}")
+        self._ready = loaded.node
+        made = await self._run(f"{statement}\nprint({self._mark!r})")
+        self._ready = made.node
+        return made if self._mark in made.stdout else replace(made, status="error")
 
     async def ask(self, method: str, argument: str, options: str = "") -> tuple[str | None, Result]:
         """Call a method of ``box`` in the state after `prepare` and return what it printed."""
-        call = f"box.{method}({argument!r}, {self._mark!r}{options})"
-        result = await self._session.run(call, at=self._ready)
+        result = await self._run(f"box.{method}({argument!r}, {self._mark!r}{options})")
         _, found, printed = result.stdout.rpartition(self._mark)
         text = printed.partition("\n")[0]
         return (text if found and result.status == "ok" else None), result
+
+    async def _run(self, code: str) -> Result:
+        """Run code in the prepared state, twice if it dies: it may have been the machine."""
+        result = await self._session.run(code, at=self._ready)
+        if result.status == "crash":
+            result = await self._session.run(code, at=self._ready)
+        return result
 
 
 class _Verdict:
@@ -154,10 +169,10 @@ class _Verdict:
         """Run the tests on the replies so far; return the calls they need, and if they passed."""
         replies = ",".join(f"{json.dumps(call)}:{reply}" for call, reply in self._replies.items())
         text, result = await self._tests.ask("run", f"{{{replies}}}", f", rehearsal={rehearsal}")
-        if result.status == "crash":
-            raise ToolFailure(f"the box of the hidden tests died: {result.stderr[-200:]}")
-        if text is None:
+        if result.status in ("timeout", "output_limit"):
             return [], False
+        if text is None:
+            raise ToolFailure(f"the box of the hidden tests broke: {_end(result)}")
         end = json.loads(text)
         if end["odd"] and not rehearsal:
             raise ToolFailure(
@@ -207,9 +222,11 @@ class Checker:
                 self._box(TESTS_LIMITS, seed) as tests,
                 self._box(CANDIDATE_LIMITS, seed) as beside,
             ):
-                if not await tests.prepare(f"box = Judge({json.dumps(hidden.as_meta())!r})"):
-                    raise ToolFailure("the hidden tests could not be loaded in this sandbox")
-                if not await beside.prepare(f"box = Candidate({sources!r})"):
+                judge = await tests.prepare(f"box = Judge({json.dumps(hidden.as_meta())!r})")
+                if judge.status != "ok":
+                    raise ToolFailure(f"the hidden tests could not be loaded: {_end(judge)}")
+                made = await beside.prepare(f"box = Candidate({sources!r})")
+                if made.status != "ok":
                     return False
                 return await _Verdict(task, beside, tests).passed()
         except ReplayDiverged:  # only a candidate that does not repeat itself brings this about
@@ -231,6 +248,11 @@ class Checker:
             yield Box(session)
         finally:
             await session.close()
+
+
+def _end(result: Result) -> str:
+    """Say how a run ended, for a message."""
+    return f"{result.status} {result.stderr[-200:]}".strip()
 
 
 def checked_reply(text: str | None) -> str | None:
