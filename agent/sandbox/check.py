@@ -18,7 +18,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from agent.sandbox import AUTO, build_sandbox
-from agent.sandbox.base import Sandbox, SandboxError
+from agent.sandbox.base import Limits, Sandbox, SandboxError
 from agent.sandbox.cases import LIMITS, Case, Verdict, canaries, read_cases, run_case
 from agent.sandbox.soak import descendants
 from trajectory.errors import InputError
@@ -113,6 +113,7 @@ async def run_all(
     cases: Sequence[Case],
     side_by_side: int,
     *,
+    limits: Limits = LIMITS,
     show: Callable[[Verdict], None] | None = None,
 ) -> Checked:
     """Run cases with a harmless session beside them, close the sandbox, and look what is left.
@@ -124,6 +125,8 @@ async def run_all(
     cases : sequence of Case
     side_by_side : int
         Cases in flight, >= 1.
+    limits : Limits, optional
+        Bounds of every call.
     show : callable, optional
         Gets every verdict as it falls.
     """
@@ -134,7 +137,7 @@ async def run_all(
     async def one(case: Case, secret: str) -> None:
         async with places:
             try:
-                verdict = await run_case(sandbox, case, secret=secret)
+                verdict = await run_case(sandbox, case, secret=secret, limits=limits)
             except SandboxError as error:
                 problem = f"the sandbox broke: {error}"
                 verdict = Verdict(case=case, ended="broken", problem=problem, seconds=0.0)

@@ -2,11 +2,12 @@
 
 import asyncio
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from agent.sandbox.cases import read_cases
+from agent.sandbox.cases import LIMITS, read_cases
 from agent.sandbox.check import run_all
 from agent.sandbox.forkjail.doctor import TIERS
 from agent.sandbox.forkjail.sandbox import ForkjailSandbox
@@ -14,6 +15,7 @@ from tests.agent.sandbox.ordinary_user import run as run_as_ordinary_user
 
 CASES = "data/sandbox_hostile/cases.jsonl"
 SIDE_BY_SIDE = 5
+PATIENT = replace(LIMITS, wall_s=20.0)  # the machine may be busy; what sleeps sleeps side by side
 
 AS_ORDINARY_USER = """
 import asyncio, os, sys
@@ -21,9 +23,10 @@ from pathlib import Path
 from agent.sandbox.cases import read_cases
 from agent.sandbox.check import run_all
 from agent.sandbox.forkjail.sandbox import ForkjailSandbox
+from tests.agent.sandbox.forkjail.test_hostile import PATIENT
 assert os.getuid() != 0
 sandbox = ForkjailSandbox(own_namespaces=sys.argv[2] == "A", max_running=6)
-found = asyncio.run(run_all(sandbox, read_cases(Path(sys.argv[1])), 5))
+found = asyncio.run(run_all(sandbox, read_cases(Path(sys.argv[1])), 5, limits=PATIENT))
 for verdict in found.verdicts:
     if verdict.problem: print(verdict.case.id, verdict.ended, verdict.problem)
 print(len(found.verdicts), found.clean, found.beside[True] > 20, *found.left)
@@ -33,7 +36,7 @@ print(len(found.verdicts), found.clean, found.beside[True] > 20, *found.left)
 @pytest.mark.slow
 def test_every_case_ends_as_expected_and_harms_nobody(shared, tier):
     sandbox = ForkjailSandbox(own_namespaces=TIERS[tier], max_running=SIDE_BY_SIDE + 1)
-    found = asyncio.run(run_all(sandbox, read_cases(shared / CASES), SIDE_BY_SIDE))
+    found = asyncio.run(run_all(sandbox, read_cases(shared / CASES), SIDE_BY_SIDE, limits=PATIENT))
     assert not [f"{v.case.id}: {v.ended}, {v.problem}" for v in found.verdicts if v.problem]
     assert len(found.verdicts) == 119
     assert found.beside[True] > 20
