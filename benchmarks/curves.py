@@ -108,24 +108,28 @@ def _draw(curves: Mapping[str, np.ndarray], path: Path) -> None:
     """Draw the mean over seeds, a band from the lowest to the highest seed, and the seeds."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7.0, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     kernel = np.ones(_SMOOTHING) / _SMOOTHING
+    highest = 0.1
     for name, curves_NT in curves.items():
         padded = np.pad(curves_NT, ((0, 0), (_SMOOTHING - 1, 0)), mode="edge")
         smooth_NT = np.array([np.convolve(curve, kernel, mode="valid") for curve in padded])
         steps = np.arange(smooth_NT.shape[1])
-        (line,) = axes.plot(steps, smooth_NT.mean(0), label=f"{name} ({len(curves_NT)} seeds)")
+        seeds = f"{len(curves_NT)} seed{'s' * (len(curves_NT) > 1)}"
+        (line,) = axes.plot(steps, smooth_NT.mean(0), label=f"{name} ({seeds})")
         axes.fill_between(
             steps, smooth_NT.min(0), smooth_NT.max(0), color=line.get_color(), alpha=0.2
         )
-    highest = max(float(curves_NT.max()) for curves_NT in curves.values())
-    axes.set_ylim(0, min(1.0, max(0.1, 1.1 * highest)))  # low outcomes would be one flat line
+        highest = max(highest, float(smooth_NT.max()))
+    axes.set_ylim(0, min(1.0, 1.2 * highest))  # up to 1, low outcomes would be one flat line
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("optimization step")
     axes.set_ylabel(f"outcome of the batch (mean of {_SMOOTHING} steps)")
-    axes.legend(loc="lower right")
+    axes.legend(loc="best")
     axes.grid(alpha=0.3)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")

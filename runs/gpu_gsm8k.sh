@@ -4,5 +4,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export ENGINE=transformers DEVICE=cuda CONCURRENCY=256
-export TEST_TASKS=200 RL_STEPS=60 WARMUP_TASKS=500 TASKS_PER_STEP=32 RL_TEST_SAMPLES=8
+export TEST_TASKS=200 RL_STEPS=60 GROUP_SIZE=32 RL_TEST_SAMPLES=8
 exec runs/real_gsm8k.sh "$1" "$2" "$3" "${4:-runs/gpu}"

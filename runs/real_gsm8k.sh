@@ -59,8 +59,9 @@ if [[ $part == all || $part == best ]]; then
 fi
 
 if [[ $part == all || $part == optimize ]]; then
-    # The policy is shown solutions with at most two calculator calls. The problems for the PRM's
-    # labels, RL and the comparison need one call, so that so small a model solves some of them.
+    # The policy is shown solutions with at most two calculator calls. Of other problems, which need
+    # one call, the first 60 are labelled for the PRM. RL is on those among them that the policy ever
+    # solved, as so small a model solves few; the last 120 are for the comparison.
     system="Solve the problem with the calculator, one step at a time. End with: The answer is N."
     demonstrate=(policy synthesize --tool calculator --system-prompt "$system")
     run "${demonstrate[@]}" --tasks "math:$data/train.jsonl" --max-calls 2 \
@@ -86,29 +87,41 @@ with open(sys.argv[2], "w") as sink:
                 row = {"id": t.task.task_id, "problem": t.task.prompt, "answer": t.task.answer}
                 sink.write(json.dumps(row) + "\n")
 PYTHON
-    playing=(--tasks "math:$out/short.jsonl" --tools calculator --system-prompt "$system"
-        --max-turn-tokens 96 --max-context 640 --max-steps 5 --temperature 0.8 --device "$device")
+    playing=(--tools calculator --system-prompt "$system" --max-turn-tokens 96 --max-context 640
+        --max-steps 5 --temperature 0.8 --device "$device")
     run policy warmup --data "$out/warmup.jsonl" --model "$smollm" --chat-format chatml \
         --epochs 1 --learning-rate 3e-4 --step-tokens 2048 --batch-tokens 2048 \
         --precision bfloat16 --out "$out/warmup"
-    run prm label "${playing[@]}" --dtype bfloat16 --num-tasks 60 --rollouts 2 \
-        --policy "$out/warmup" --out "$out/labels-warmup"
+    run prm label --tasks "math:$out/short.jsonl" "${playing[@]}" --dtype bfloat16 \
+        --num-tasks 60 --rollouts 2 --policy "$out/warmup" --out "$out/labels-warmup"
     run prm train --labels "$out/labels-warmup" --model "$out/warmup" --epochs 2 \
         --step-tokens 2048 --batch-tokens 2048 --precision bfloat16 --device "$device" \
         --out "$out/prm-warmup"
+    python - "$out/labels-warmup/evidence.jsonl" "$out/short.jsonl" "$out/solvable.jsonl" <<'PYTHON'
+import json
+import sys
+
+solved = {row["task_id"] for row in map(json.loads, open(sys.argv[1])) if row["outcome"] == 1.0}
+with open(sys.argv[3], "w") as sink:
+    sink.writelines(line for line in open(sys.argv[2]) if json.loads(line)["id"] in solved)
+PYTHON
     for arm in outcome prm; do
         flags=()
         [ "$arm" = prm ] && flags=(--prm "$out/prm-warmup")
-        run policy optimize "${playing[@]}" --first-task 60 --num-tasks 96 \
+        run policy optimize --tasks "math:$out/solvable.jsonl" "${playing[@]}" \
             --policy "$out/warmup" "${flags[@]}" --tasks-per-step "${TASKS_PER_STEP:-3}" \
-            --group-size 4 --steps "$rl_steps" --learning-rate 1e-5 --warmup-steps 2 \
-            --batch-tokens 2048 --precision bfloat16 --out "$out/rl/$arm-seed0"
+            --group-size "${GROUP_SIZE:-4}" --steps "$rl_steps" --learning-rate 2e-5 \
+            --warmup-steps 2 --batch-tokens 2048 --precision bfloat16 --save-every 2 \
+            --out "$out/rl/$arm-seed0"
     done
     for name in warmup outcome prm; do
         policy="$out/rl/$name-seed0/policy"
         [ "$name" = warmup ] && policy="$out/warmup"
-        run policy evaluate "${playing[@]}" --dtype bfloat16 --first-task 156 --num-tasks 100 \
-            --samples "${RL_TEST_SAMPLES:-1}" --policy "$policy" --out "$out/rl/$name-seed0-test"
+        evaluating=(policy evaluate "${playing[@]}" --dtype bfloat16 --policy "$policy")
+        run "${evaluating[@]}" --tasks "math:$out/solvable.jsonl" --samples 8 \
+            --out "$out/rl/$name-seed0-pool"
+        run "${evaluating[@]}" --tasks "math:$out/short.jsonl" --first-task 137 --num-tasks 120 \
+            --samples "${RL_TEST_SAMPLES:-1}" --out "$out/rl/$name-seed0-test"
     done
     run python -m benchmarks curves --run "$out/rl" --out docs/results/real_gsm8k_curves
 fi
