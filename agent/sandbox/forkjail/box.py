@@ -308,6 +308,7 @@ class BoxInit:
                 cpu = usage.ru_utime + usage.ru_stime
                 code = os.waitstatus_to_exitcode(status)
                 frame = {"t": "exit", "state": state.number, "code": code, "why": state.why}
+                frame["started"] = state.started
                 mark = self._scratch_mark()
                 changed, self._seen = mark != self._seen, mark
                 send(self._hub, {**frame, "cpu": cpu, "changed": changed})

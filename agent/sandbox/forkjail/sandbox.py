@@ -10,7 +10,6 @@ in a box of its own.
 from __future__ import annotations
 
 import asyncio
-import signal
 import socket
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -21,11 +20,10 @@ from agent.sandbox.base import (
     ReplayDiverged,
     Result,
     SandboxError,
-    Source,
-    Status,
     states_kept,
 )
 from agent.sandbox.forkjail.client import Box, BoxLost, Ended
+from agent.sandbox.forkjail.ending import Ran, cause, killed_from_outside, verdict
 from agent.sandbox.forkjail.process import MAX_STATES, PRELOAD, Zygote
 from agent.sandbox.history import History, check_replay
 
@@ -88,8 +86,8 @@ class ForkjailSession:
                 node, ended = await self._run_somewhere(wanted, code)
             finally:
                 self._leave_if_closed()  # meanwhile: a new box may have been made since
-            status, source, error = _verdict(ended, self._limits)
-            stderr = ended.stderr + _cause(ended, status, self._limits)
+            status, source, error = verdict(ended, self._limits)
+            stderr = ended.stderr + cause(ended, status, self._limits)
             origin = self._standing(wanted)
             if origin != wanted:
                 stderr = FELL_BACK + stderr
@@ -189,7 +187,7 @@ class ForkjailSession:
         ended, reached = await self._cell(box, state, code, number=len(self._history))
         if ended.frame["t"] != "done" or ended.cut:
             return node, ended
-        return self._keep_state(box, self._history.add(node, code, _Ran(ended)), reached), ended
+        return self._keep_state(box, self._history.add(node, code, Ran(ended)), reached), ended
 
     async def _state_of(self, node: int) -> tuple[Box, int]:
         """Return a box and the state in it that is ``node``."""
@@ -208,7 +206,7 @@ class ForkjailSession:
             start, state = 0, 0
         for number, cell in self._history.path(node, after=start):
             ended, state = await self._cell(box, state, cell.code, number=number)
-            check_replay(number, cell, _Ran(ended))
+            check_replay(number, cell, Ran(ended))
             self._keep_state(box, number, state)
         return box, state
 
@@ -239,6 +237,8 @@ class ForkjailSession:
             raise _Again
         if frame.get("why") == "no_clone":
             raise _Stuck
+        if killed_from_outside(ended, self._limits):
+            raise BoxLost("something outside killed a cell: is the machine out of memory?")
         touched = bool(frame.get("changed")) or version > 0
         if box.version != version or (touched and (box.sessions > 1 or not alone)):
             box.version += 1  # what is there now belongs to nobody in particular
@@ -255,58 +255,6 @@ class ForkjailSession:
             _, old = self._alive.popitem(last=False)
             box.release(old.state)
         return node
-
-
-@dataclass(frozen=True, slots=True)
-class _Ran:
-    """A cell's end as the history compares it."""
-
-    ended: Ended
-
-    @property
-    def status(self) -> str:
-        """``ok`` or ``error``, or what killed it."""
-        return str(self.ended.cut or self.ended.frame.get("status", "killed"))
-
-    @property
-    def error(self) -> str | None:
-        """Name of the exception."""
-        error = self.ended.frame.get("error")
-        return None if error is None else str(error)
-
-    @property
-    def stdout(self) -> str:
-        """What it printed."""
-        return self.ended.stdout
-
-
-def _verdict(ended: Ended, limits: Limits) -> tuple[Status, Source, str | None]:
-    """Turn a report into a status, who says so, and the error's name."""
-    frame = ended.frame
-    if frame["t"] == "done" and not ended.cut:
-        status: Status = "ok" if frame["status"] == "ok" else "error"
-        return status, "runner", None if frame["error"] is None else str(frame["error"])
-    if ended.cut == "output":
-        return "output_limit", "kernel", "output_limit"
-    out_of_time = (
-        ended.cut == "wall"
-        or frame["why"] == "cpu"
-        or frame["code"] == -signal.SIGXCPU
-        or (frame["code"] == -signal.SIGKILL and not frame["why"] and frame["cpu"] >= limits.cpu_s)
-    )
-    return ("timeout", "kernel", "timeout") if out_of_time else ("crash", "kernel", "crash")
-
-
-def _cause(ended: Ended, status: Status, limits: Limits) -> str:
-    """Say what a crash was."""
-    if status != "crash":
-        return ""
-    frame = ended.frame
-    if frame["why"] == "quota":
-        return f"stopped: more than {limits.scratch_mb} MiB of files\n"
-    if frame["code"] >= 0:
-        return f"the interpreter died (exit code {frame['code']})\n"
-    return f"the interpreter died (signal {signal.Signals(-frame['code']).name})\n"
 
 
 def _close_unused(made: asyncio.Future[socket.socket]) -> None:

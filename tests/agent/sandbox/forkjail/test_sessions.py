@@ -252,6 +252,24 @@ def test_a_box_that_hangs_is_replaced(play, monkeypatch):
     assert not [p for p in processes if os.path.exists(f"/proc/{p}")]
 
 
+def test_a_cell_that_something_outside_kills_is_run_again(play):
+    async def scene(sandbox):
+        session = await sandbox.open(LIMITS, 0)
+        await session.run("x = 41")
+        before = set(descendants(sandbox.pid))
+        running = asyncio.create_task(session.run("import time\ntime.sleep(1)\nx + 1"))
+        cells = set()
+        while not cells:
+            await asyncio.sleep(0.05)
+            cells = set(descendants(sandbox.pid)) - before
+        for cell in cells:
+            os.kill(cell, signal.SIGKILL)
+        return await running
+
+    result = play(scene)
+    assert (result.status, result.stdout) == ("ok", "42\n")
+
+
 def test_a_killed_zygote_is_replaced(play):
     async def scene(sandbox):
         session = await sandbox.open(LIMITS, 0)
