@@ -21,7 +21,7 @@ from agent.sandbox.output import Capture
 MAX_OUTPUT_BYTES = 16 * 2**20
 """A cell that prints more than this to one stream is stopped."""
 HELLO_S = 60.0
-WAKE_S = 10.0
+WAKE_S = 20.0
 """How long a snapshot may take to wake and clone itself: milliseconds on a free machine."""
 GRACE_S = 20.0
 """How long a box may take to confirm a kill before it counts as lost."""
