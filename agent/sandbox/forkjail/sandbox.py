@@ -178,7 +178,7 @@ class ForkjailSession:
             self._leave_box()
         words = self._sandbox.last_words()
         if isinstance(last, BoxLost) and words:
-            raise SandboxError(f"{last}; its last words: {words}")
+            raise SandboxError(f"{last}; last words: {words}")
         raise last or SandboxError("a cell could not be run: its state does not stay alive")
 
     async def _run_here(self, node: int, code: str) -> tuple[int, Ended]:
@@ -238,7 +238,11 @@ class ForkjailSession:
         if frame.get("why") == "no_clone":
             raise _Stuck
         if killed_from_outside(ended, self._limits):
-            raise BoxLost("something outside killed a cell: is the machine out of memory?")
+            raise BoxLost(
+                "something outside killed a cell: is the machine out of memory?"
+                if frame["started"]
+                else f"a cell did not begin: {(ended.stderr.splitlines() or ['no reason'])[-1]}"
+            )
         touched = bool(frame.get("changed")) or version > 0
         if box.version != version or (touched and (box.sessions > 1 or not alone)):
             box.version += 1  # what is there now belongs to nobody in particular
