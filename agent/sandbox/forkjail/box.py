@@ -26,7 +26,7 @@ from typing import NoReturn
 from agent.processes import cpu_seconds
 from agent.sandbox.forkjail import namespaces
 from agent.sandbox.forkjail.cell import DIED, Confinement, read_text, run_first
-from agent.sandbox.forkjail.facts import holds_descriptors, scratch_mark, usage
+from agent.sandbox.forkjail.facts import has_died, holds_descriptors, scratch_mark, usage
 from agent.sandbox.forkjail.frames import Reader, close_all, receive_from_cell, send
 from agent.sandbox.forkjail.gate import answer
 from agent.sandbox.forkjail.syscalls import (
@@ -233,6 +233,8 @@ class BoxInit:
             self._poll.unregister(state.sock)
             self._by_fd.pop(state.sock.fileno(), None)
             if state.pid:
+                if not has_died(state.pid):  # it has closed its socket and lives on
+                    state.why = state.why or "left"
                 self._kill(state)
             else:
                 self._abandon(state.number)

@@ -57,7 +57,7 @@ def verdict(ended: Ended, limits: Limits) -> tuple[Status, Source, str | None]:
         ended.cut == "wall"
         or frame["why"] == "cpu"
         or frame["code"] == -signal.SIGXCPU
-        or (frame["code"] == -signal.SIGKILL and not frame["why"] and frame["cpu"] >= limits.cpu_s)
+        or (frame["code"] == -signal.SIGKILL and frame["cpu"] >= limits.cpu_s)
     )
     return ("timeout", "kernel", "timeout") if out_of_time else ("crash", "kernel", "crash")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 
 from agent.sandbox.forkjail.namespaces import MAX_INODES
 from agent.sandbox.forkjail.syscalls import syscall
@@ -39,6 +40,15 @@ def usage(folder: str) -> int:
             except OSError:
                 continue
     return total
+
+
+def has_died(pid: int) -> bool:
+    """Tell whether a child whose socket has closed is dead; a dying one is given a moment."""
+    for _ in range(20):
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def holds_descriptors(pid: int) -> bool:

@@ -26,6 +26,11 @@ def ended(*, cut="", **frame):
         (ended(code=-signal.SIGKILL, cpu=2.5), "timeout", ""),
         (ended(code=3), "crash", "the interpreter died (exit code 3)\n"),
         (ended(code=-signal.SIGSEGV), "crash", "the interpreter died (signal SIGSEGV)\n"),
+        (
+            ended(code=-signal.SIGKILL, why="left"),
+            "crash",
+            "the interpreter died (signal SIGKILL)\n",
+        ),
         (ended(code=-signal.SIGKILL, why="quota"), "crash", "stopped: more than 4 MiB of files\n"),
     ],
 )

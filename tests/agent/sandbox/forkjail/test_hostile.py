@@ -14,7 +14,7 @@ from agent.sandbox.forkjail.sandbox import ForkjailSandbox
 from tests.agent.sandbox.ordinary_user import run as run_as_ordinary_user
 
 CASES = "data/sandbox_hostile/cases.jsonl"
-SIDE_BY_SIDE = 5
+SIDE_BY_SIDE = 4
 PATIENT = replace(LIMITS, wall_s=20.0)  # the machine may be busy; what sleeps sleeps side by side
 
 AS_ORDINARY_USER = """
@@ -26,7 +26,7 @@ from agent.sandbox.forkjail.sandbox import ForkjailSandbox
 from tests.agent.sandbox.forkjail.test_hostile import PATIENT
 assert os.getuid() != 0
 sandbox = ForkjailSandbox(own_namespaces=sys.argv[2] == "A", max_running=6)
-found = asyncio.run(run_all(sandbox, read_cases(Path(sys.argv[1])), 5, limits=PATIENT))
+found = asyncio.run(run_all(sandbox, read_cases(Path(sys.argv[1])), 4, limits=PATIENT))
 for verdict in found.verdicts:
     if verdict.problem: print(verdict.case.id, verdict.ended, verdict.problem)
 print(len(found.verdicts), found.clean, found.beside[True] > 20, *found.left)
@@ -34,6 +34,7 @@ print(len(found.verdicts), found.clean, found.beside[True] > 20, *found.left)
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("hostile")  # one after the other: they keep both cores busy
 def test_every_case_ends_as_expected_and_harms_nobody(shared, tier):
     sandbox = ForkjailSandbox(own_namespaces=TIERS[tier], max_running=SIDE_BY_SIDE + 1)
     found = asyncio.run(run_all(sandbox, read_cases(shared / CASES), SIDE_BY_SIDE, limits=PATIENT))
@@ -45,6 +46,7 @@ def test_every_case_ends_as_expected_and_harms_nobody(shared, tier):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("hostile")
 def test_every_case_ends_as_expected_for_an_ordinary_user(shared, tier, tmp_path):
     copy = tmp_path / "cases.jsonl"
     copy.write_text((shared / CASES).read_text())

@@ -270,6 +270,16 @@ def test_a_cell_that_something_outside_kills_is_run_again(play):
     assert (result.status, result.stdout) == ("ok", "42\n")
 
 
+def test_code_that_closes_its_connection_is_a_crash_of_the_code(play):
+    async def scene(sandbox):
+        session = await sandbox.open(LIMITS, 0)
+        await session.run("x = 1")
+        closed = await session.run("import os, time\nos.closerange(3, 64)\ntime.sleep(5)")
+        return closed.status, (await session.run("x")).stdout
+
+    assert play(scene) == ("crash", "1\n")
+
+
 def test_a_killed_zygote_is_replaced(play):
     async def scene(sandbox):
         session = await sandbox.open(LIMITS, 0)
