@@ -1,5 +1,6 @@
 """Fixtures that every package's tests share."""
 
+import re
 import signal
 import threading
 from pathlib import Path
@@ -16,7 +17,27 @@ settings.load_profile("project")
 if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Tests that share something costly, or keep both cores busy, run in one process each. (xdist's own
+# groups write into node ids, which pytest made read-only in 9.2.)
+GROUPS = {
+    "vllm": re.compile(r"test_vllm\.py|test_engines\.py.*vllm"),
+    "hostile": re.compile(r"test_hostile\.py"),
+}
+
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Keep the tests of a group in one process."""
+    from xdist.scheduler import LoadGroupScheduling
+
+    class ByGroup(LoadGroupScheduling):
+        def _split_scope(self, nodeid):
+            found = (name for name, pattern in GROUPS.items() if pattern.search(nodeid))
+            return next(found, nodeid)
+
+    return ByGroup(config, log) if config.getvalue("dist") == "loadgroup" else None
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,6 @@ MARKS = {
     "vllm": [
         pytest.mark.vllm,
         pytest.mark.slow,
-        pytest.mark.xdist_group("vllm"),
         pytest.mark.timeout(900),
         pytest.mark.skipif(
             importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"

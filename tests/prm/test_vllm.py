@@ -52,7 +52,6 @@ def serve(folder, rows, tmp_path):
 
 
 @pytest.mark.vllm
-@pytest.mark.xdist_group("vllm")
 @pytest.mark.slow
 @pytest.mark.parametrize("head", sorted(HEADS))
 def test_the_pooling_runner_gives_the_same_scores(prm_folder, base, tmp_path, head):

@@ -34,7 +34,6 @@ print(len(found.verdicts), found.clean, found.beside[True] > 20, *found.left)
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("hostile")  # one after the other: they keep both cores busy
 def test_every_case_ends_as_expected_and_harms_nobody(shared, tier):
     sandbox = ForkjailSandbox(own_namespaces=TIERS[tier], max_running=SIDE_BY_SIDE + 1)
     found = asyncio.run(run_all(sandbox, read_cases(shared / CASES), SIDE_BY_SIDE, limits=PATIENT))
@@ -46,7 +45,6 @@ def test_every_case_ends_as_expected_and_harms_nobody(shared, tier):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("hostile")
 def test_every_case_ends_as_expected_for_an_ordinary_user(shared, tier, tmp_path):
     copy = tmp_path / "cases.jsonl"
     copy.write_text((shared / CASES).read_text())
