@@ -11,7 +11,7 @@ from labeling.ledger import Rollout
 from labeling.run import LabelConfig, label
 from tests.labeling.walker import WalkerEngine, agent_config, make_tasks
 from trajectory.errors import InputError
-from trajectory.records import StopReason, Trajectory
+from trajectory.records import StopReason
 from trajectory.store import read_jsonl
 
 
@@ -60,8 +60,7 @@ def rollouts(folder):
 def test_a_tool_that_never_works_stops_the_run_with_nothing_written(run, tmp_path):
     with pytest.raises(InputError, match=r"a tool stopped working.*out of reach.*resume"):
         run(lambda task: True)
-    assert rollouts(tmp_path) == []
-    assert list(read_jsonl(tmp_path / "labels" / "trajectories.jsonl", Trajectory)) == []
+    assert not (tmp_path / "labels").exists()
 
 
 def test_a_tool_that_dies_midway_stops_the_run_and_costs_no_rollout(run, tmp_path):
