@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from agent.sandbox import SANDBOXES, SERVERS, build_sandbox
-from agent.sandbox.base import Limits
+from agent.sandbox.base import Limits, SandboxError
 from tests.agent.sandbox.fusion_server import FusionServer
 from trajectory.errors import InputError
 
@@ -314,6 +314,8 @@ def test_closing_twice_is_allowed(backend):
             await session.run("1")
             await session.close()
             await session.close()
+            with pytest.raises(SandboxError, match="closed"):
+                await session.run("1")
 
     asyncio.run(run())
 

@@ -212,8 +212,11 @@ def test_a_tool_with_state_says_so(name):
 def test_closing_twice_is_allowed(name):
     async def run():
         async with opened(name) as (session,):
-            await session.call(EXAMPLES[name].calls[0])
+            before = await session.call(EXAMPLES[name].calls[0])
             await session.close()
             await session.close()
+        async with opened(name) as (session,):  # and harms no later session
+            return before, await session.call(EXAMPLES[name].calls[0])
 
-    asyncio.run(run())
+    before, after = asyncio.run(run())
+    assert before.content == after.content

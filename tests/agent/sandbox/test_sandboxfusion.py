@@ -318,7 +318,10 @@ def test_a_command_that_the_server_could_not_start_may_be_tried_again():
 
 @pytest.mark.parametrize("name", ["fusion_program.py", *sandboxfusion.SENT])
 def test_what_is_sent_has_the_syntax_of_python_3_8(name, repository):
-    ast.parse((repository / "agent/sandbox" / name).read_text(), feature_version=(3, 8))
+    source = (repository / "agent/sandbox" / name).read_text()
+    assert ast.parse(source, feature_version=(3, 8)).body
+    with pytest.raises(SyntaxError):  # the check can fail: this is newer
+        ast.parse(source + "\nmatch 1:\n    case 1: pass\n", feature_version=(3, 8))
 
 
 def test_a_death_is_measured_from_the_end_of_the_repeated_cells():

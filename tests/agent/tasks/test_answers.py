@@ -145,7 +145,8 @@ def test_any_way_to_write_an_integer_is_that_integer_and_no_other(number, form):
 @given(st.text(max_size=80))
 def test_no_text_is_too_odd(text):
     for function in (last_boxed, after_hashes, after_answer_is, trim, plain_number, normal_text):
-        function(text)
+        found = function(text)
+        assert found is None or type(found) in (str, tuple), (function.__name__, found)
 
 
 def test_texts_are_compared_without_case_spaces_and_wrapping():
