@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 
 from agent.chat import BadCall, ChatFormat
 from agent.engines.base import Engine, EngineError, GenerateRequest
+from agent.restore import RestoredTools, call_arguments, replay, tool_seed
 from agent.tasks.base import TaskDomain
-from agent.tools.base import SideEffect, Tool, ToolFailure, ToolSession
+from agent.tools.base import ReplayMismatch, SideEffect, Tool, ToolFailure, ToolSession
 from trajectory.errors import InputError
 from trajectory.records import (
     JsonValue,
@@ -76,16 +77,17 @@ class EpisodeSpec:
     group: str = ""
     start: Prefix | None = None
     """Continue from here instead of from the task's prompt."""
+    restored: RestoredTools | None = None
+    """Tool states of ``start``'s trajectory, shared with its other continuations; None: this
+    episode repeats the calls itself."""
 
 
 class _ToolBox:
-    """The tool sessions of one episode, opened on first use and restored by verified replay."""
+    """The tool sessions of one episode, opened on first use in the state its prefix left."""
 
     def __init__(self, agent: Agent, spec: EpisodeSpec) -> None:
         self._tools = {tool.name: tool for tool in agent.tools}
-        self._task = spec.task
-        self._seed = spec.start.trajectory.seed if spec.start else spec.seed
-        self._past = spec.start.trajectory.steps[: spec.start.steps] if spec.start else ()
+        self._spec = spec
         self._sessions: dict[str, ToolSession] = {}
 
     async def call(self, call: ToolCall) -> Observation:
@@ -99,18 +101,20 @@ class _ToolBox:
         session = self._sessions.get(call.name)
         if session is None:
             session = self._sessions[call.name] = await self._open(self._tools[call.name])
-        return await session.call(_arguments(call))
+        return await session.call(call_arguments(call))
 
     async def _open(self, tool: Tool) -> ToolSession:
         """Open a session in the state the prefix left it in."""
-        session = await tool.open(self._task, derive_seed("tool", tool.name, self._seed))
+        start = self._spec.start
+        if start is None:
+            return await tool.open(self._spec.task, tool_seed(tool, self._spec.seed))
+        if self._spec.restored is not None:
+            return await self._spec.restored.open(tool, start.steps)
+        session = await tool.open(self._spec.task, tool_seed(tool, start.trajectory.seed))
         if tool.effect is SideEffect.PURE:
             return session
         try:
-            for step in self._past:
-                for call, recorded in zip(step.calls, step.observations, strict=True):
-                    if call.name == tool.name and recorded.error != "unknown_tool":
-                        await _replay(session, call, recorded)
+            await replay(session, tool.name, start.trajectory.steps[: start.steps])
         except BaseException:
             await session.close()
             raise
@@ -122,22 +126,6 @@ class _ToolBox:
             await session.close()
 
 
-async def _replay(session: ToolSession, call: ToolCall, recorded: Observation) -> None:
-    """Repeat a recorded call and insist on the recorded result."""
-    repeated = await session.call(_arguments(call))
-    if repeated.content != recorded.content:
-        raise ToolFailure(
-            f"replay of {call.name} gave {repeated.content[:80]!r}, recorded was "
-            f"{recorded.content[:80]!r}"
-        )
-
-
-def _arguments(call: ToolCall) -> dict[str, JsonValue]:
-    """Read the call's arguments (the parser guarantees a JSON object)."""
-    value = json.loads(call.arguments)
-    return value if isinstance(value, dict) else {}
-
-
 async def run_episode(agent: Agent, spec: EpisodeSpec) -> Trajectory:
     """Run one episode, or continue one from a prefix, to its end.
 
@@ -147,13 +135,14 @@ async def run_episode(agent: Agent, spec: EpisodeSpec) -> Trajectory:
         Engine, chat format, tools, domain, sampling and limits.
     spec : EpisodeSpec
         Task, seed and, for a continuation, the prefix: its steps are kept as they are and tool
-        state is restored by replaying its calls, each checked against the recorded result.
+        state is restored (`agent.restore`), checked against the recorded results.
 
     Returns
     -------
     Trajectory
         The whole trajectory, prefix included. Broken tools or engines end it as
-        ``TOOL_FAILURE`` or ``ENGINE_FAILURE`` with the cause in ``meta["failure"]``.
+        ``TOOL_FAILURE`` or ``ENGINE_FAILURE`` with the cause in ``meta["failure"]``;
+        ``meta["replay_mismatch"]`` is true if the prefix could not be restored as recorded.
 
     Raises
     ------
@@ -163,7 +152,7 @@ async def run_episode(agent: Agent, spec: EpisodeSpec) -> Trajectory:
     """
     prompt_ids, steps = _start(agent, spec)
     toolbox = _ToolBox(agent, spec)
-    failure: str | None = None
+    meta: dict[str, JsonValue] = {"isolation": agent.isolation} if agent.isolation else {}
     answer: str | None = None
     outcome: float | None = None
     try:
@@ -173,14 +162,13 @@ async def run_episode(agent: Agent, spec: EpisodeSpec) -> Trajectory:
             if answer is not None:
                 outcome = await agent.domain.grade(spec.task, answer, steps)
     except EngineError as error:
-        stop, failure = StopReason.ENGINE_FAILURE, str(error)
+        stop, meta["failure"] = StopReason.ENGINE_FAILURE, str(error)
     except ToolFailure as error:
-        stop, failure = StopReason.TOOL_FAILURE, str(error)
+        stop, meta["failure"] = StopReason.TOOL_FAILURE, str(error)
+        if isinstance(error, ReplayMismatch):
+            meta["replay_mismatch"] = True
     finally:
         await toolbox.close()
-    meta: dict[str, JsonValue] = {"isolation": agent.isolation} if agent.isolation else {}
-    if failure is not None:
-        meta["failure"] = failure
     return Trajectory(
         trajectory_id=spec.trajectory_id,
         task=spec.task,

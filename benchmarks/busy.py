@@ -27,6 +27,7 @@ from benchmarks.feeding import Feed, RecordingEngine, busy_share
 from benchmarks.throughput import machine_facts
 from labeling.collect import Collector, Plan
 from labeling.ledger import Ledger
+from labeling.strategies import Fixed
 from policy.optimize import OptimizeConfig, optimize
 from trajectory.atomic import atomic_path
 from trajectory.errors import InputError
@@ -128,7 +129,7 @@ async def _collect(
     config: BusyConfig, tasks: Sequence[Task], engine: RecordingEngine, seed: int
 ) -> None:
     """Collect evidence as `prm label` does, files included."""
-    plan = Plan(rollouts=config.rollouts, seed=seed)
+    plan = Plan(strategy=Fixed(rollouts=config.rollouts), rollouts=config.rollouts, seed=seed)
     with TemporaryDirectory() as folder:
         async with open_agent(config.agent, engine=engine) as agent:
             with (

@@ -1,51 +1,57 @@
-"""Monte-Carlo collection: samples trajectories and continues each from every prefix.
+"""Monte-Carlo collection: samples trajectories and continues each from its states.
 
-Everything is one stream of episodes with no barrier in it. A trajectory's continuations join the
-queue the moment it ends, ahead of further sampling, so the engine stays full and the continuations
-of one trajectory run side by side (their common prefix is cached once). Only the trajectories
-being continued are in memory.
+Everything is one stream of episodes. The unit of decision is the task: once its trajectories are
+sampled, a strategy asks for rollouts of their states in rounds (`labeling.work`). A round waits
+for its own rollouts only, hundreds of tasks are in flight, and follow-up work goes ahead of
+further sampling; so the engine stays full, the continuations of one trajectory run side by side
+(their common prefix is cached once), and only the tasks being measured are in memory.
 
-Which states are run:
-
-- Prefix 0 is the task's prompt, the same for all trajectories of a task: it is measured once per
-  task, while its trajectories are being sampled, and shared.
-- Prefix S of a trajectory is its own continuation, counted at no cost: see `labeling.evidence`.
-- A trajectory that broken infrastructure ended is kept but not continued.
-
-A rollout that broken infrastructure ended is repeated once. Such ends are written only when what
-broke is seen working again (`labeling.failures`).
+A trajectory that broken infrastructure ended is kept but not continued. A rollout that it ended is
+repeated once. Such ends are written only when what broke is seen working again
+(`labeling.failures`).
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from itertools import chain
-from pathlib import Path
 from typing import cast
 
 from agent.episode import Agent, EpisodeSpec, Prefix, run_episodes
+from labeling.branches import Branches
 from labeling.evidence import open_prefixes
 from labeling.failures import FailureWatch
 from labeling.jobs import Job, JobQueue
-from labeling.ledger import ATTEMPTS, Ledger, Rollout
+from labeling.ledger import ATTEMPTS, Ledger, Rollout, State
+from labeling.states import SameState, state_digests
+from labeling.strategies import Strategy
+from labeling.work import Rounds, TaskWork
 from trajectory.errors import InputError
 from trajectory.progress import Progress
 from trajectory.records import Task, Trajectory
 from trajectory.seeds import derive_seed
-from trajectory.store import JsonlWriter, read_jsonl
+from trajectory.store import JsonlWriter, read_at, read_offsets
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """What to collect."""
 
+    strategy: Strategy
+    """Which states get how many rollouts."""
     rollouts: int
-    """K, continuations per state, >= 1."""
+    """What the progress bar expects per state."""
     samples: int = 1
     """Trajectories sampled per task, >= 1."""
     seed: int = 0
+    same_state: SameState = "text"
+    """When rollouts count for later states they come through."""
+    exclude_truncated: bool = False
+    """Whether cut-off rollouts are left out of what the strategy sees."""
+    max_tokens: int | None = None
+    """Tokens of all trajectories and rollouts after which nothing more is begun; None: no end."""
 
 
 class Collector:
@@ -61,25 +67,39 @@ class Collector:
         Holds what was done before, and takes what is done now.
     trajectories : JsonlWriter
         Takes the trajectories that are sampled.
+    continuations : JsonlWriter, optional
+        Takes the rollouts as trajectories.
     """
 
     def __init__(
-        self, agent: Agent, plan: Plan, *, ledger: Ledger, trajectories: JsonlWriter
+        self,
+        agent: Agent,
+        plan: Plan,
+        *,
+        ledger: Ledger,
+        trajectories: JsonlWriter,
+        continuations: JsonlWriter | None = None,
     ) -> None:
         self._agent = agent
         self._plan = plan
         self._ledger = ledger
         self._trajectories = trajectories
-        self._queue = JobQueue()
-        self._tasks_planned: set[str] = set()
-        self._tasks_begun: set[str] = set()
-        self._sampled: set[str] = set()
-        self.planned = 0
-        """Rollouts that the trajectories known so far need, those done before included."""
+        self._continuations = continuations
+        self._branches = Branches(agent)
+        self._queue = JobQueue(has_budget=self.has_budget)
+        self._index: dict[str, array[int]] = {}
+        """Where each task's trajectories lie in their file."""
+        self._unsampled: dict[str, int] = {}
+        """Trajectories that a task with some still to come waits for."""
+        self._active: dict[str, Rounds] = {}
+        self._expected: dict[str, int] = {}
+        """Rollouts expected per task known so far."""
+        self._bar: Progress | None = None
+        self._trajectory_tokens = 0
         self._ended_well = 0
 
     def prepare(self, tasks: Sequence[Task]) -> None:
-        """Plan the rest of the work: continue what is there, then sample what is missing.
+        """Plan the rest of the work.
 
         Parameters
         ----------
@@ -92,14 +112,36 @@ class Collector:
             If a line of the trajectory file is malformed or repeats an id.
         """
         path = self._trajectories.path
-        for trajectory in read_jsonl(path, Trajectory):
-            if trajectory.trajectory_id in self._sampled:
+        sampled: set[str] = set()
+        for offset, trajectory in read_offsets(path, Trajectory):
+            if trajectory.trajectory_id in sampled:
                 raise InputError(f"{path} holds trajectory {trajectory.trajectory_id!r} twice")
-            self._sampled.add(trajectory.trajectory_id)
-            self.planned += self._count(trajectory)
-        self.planned += sum(self._count_prompt(task) for task in tasks)
-        there = self._continue_all(path, len(self._sampled))
-        self._queue.fill(chain(there, self._sample(tasks)))
+            sampled.add(trajectory.trajectory_id)
+            self._know(trajectory, offset)
+            self._plan_for(trajectory)
+        for task in tasks:
+            self._expected.setdefault(task.task_id, self._plan.rollouts)
+        given = [] if tasks else list(self._index)
+        self._queue.fill(self._sample(tasks, sampled) if tasks else self._measure(given))
+
+    @property
+    def planned(self) -> int:
+        """Rollouts expected for the tasks known so far, those done before included."""
+        return sum(self._expected.values())
+
+    def has_budget(self) -> bool:
+        """Tell whether further episodes may begin.
+
+        What is in flight is counted at the mean of what has ended, so the budget is met to within
+        the spread of the episodes in flight.
+        """
+        limit = self._plan.max_tokens
+        if limit is None:
+            return True
+        totals = self._ledger.totals
+        spent = totals.tokens + self._trajectory_tokens
+        ended = totals.rollouts + sum(len(lines) for lines in self._index.values())
+        return spent + self._queue.num_alive * spent / max(1, ended) < limit
 
     async def run(self, *, concurrency: int, bar: Progress) -> None:
         """Run everything that is left, at most ``concurrency`` episodes at a time.
@@ -109,66 +151,109 @@ class Collector:
         InputError
             If engine or tools have stopped working; what ended before is written.
         """
+        self._bar = bar
+        watch = FailureWatch(concurrency)
+        try:
+            # Failures held back to the end may be what a round was waiting for.
+            while await self._run_queued(watch, concurrency=concurrency, bar=bar):
+                pass
+        finally:
+            await self._branches.close()
+
+    async def _run_queued(self, watch: FailureWatch, *, concurrency: int, bar: Progress) -> bool:
+        """Run what is queued and what follows from it; return whether there is more now."""
         episodes = cast(
             "AsyncGenerator[Trajectory, None]",
             run_episodes(self._agent, self._queue, concurrency=concurrency),
         )
-        watch = FailureWatch(concurrency)
         async with aclosing(episodes):
             async for ended in episodes:
                 job = self._queue.take(ended.trajectory_id)
                 if ended.stop.failed:
                     self._repeat(job)
                 self._ended_well += not ended.stop.failed
-                self._record(watch.see(job, ended), bar)
+                await self._record(watch.see(job, ended), bar)
                 self._stop_if(watch.verdict())
         worked = self._ended_well > 0 or self._ledger.totals.rollouts > self._ledger.totals.failed
         self._stop_if(watch.last_verdict(ever_worked=worked))
-        self._record(watch.rest(), bar)
+        await self._record(watch.rest(), bar)
+        return self._queue.has_followers and self.has_budget()
 
-    def _count(self, trajectory: Trajectory) -> int:
-        """Return the rollouts that a further trajectory adds to the plan."""
-        if trajectory.stop.failed:
-            return 0
-        states = len(open_prefixes(trajectory, self._agent.limits.max_steps))
-        return states * self._plan.rollouts + self._count_prompt(trajectory.task)
+    def works(self) -> Iterator[TaskWork]:
+        """Yield the evidence of every task, one at a time, for the labels."""
+        for task_id in self._index:
+            work = self._work(task_id, None)
+            work.count_known(self._ledger.rollouts_of(task_id))
+            yield work
 
-    def _count_prompt(self, task: Task) -> int:
-        """Return the rollouts that the shared prefix of a task adds to the plan."""
-        new = task.task_id not in self._tasks_planned
-        self._tasks_planned.add(task.task_id)
-        return self._plan.rollouts if new else 0
+    # -- from tasks to jobs ------------------------------------------------------------------
 
-    def _continue_all(self, path: Path, count: int) -> Iterator[Job]:
-        """Yield the missing continuations of the first ``count`` trajectories of the file."""
-        for _, trajectory in zip(range(count), read_jsonl(path, Trajectory), strict=False):
-            yield from self._continue(trajectory)
+    def _sample(self, tasks: Sequence[Task], sampled: set[str]) -> Iterator[Job]:
+        """Yield the missing trajectories of each task; measure it if none is missing."""
+        for task in tasks:
+            missing = []
+            for sample in range(self._plan.samples):
+                trajectory_id = f"{task.task_id}/{sample}"
+                if trajectory_id not in sampled:
+                    missing.append((trajectory_id, sample))
+            if not missing:
+                yield from self._begin(task.task_id, task)
+                continue
+            self._unsampled[task.task_id] = len(missing)
+            for trajectory_id, sample in missing:
+                seed = derive_seed("trajectory", self._plan.seed, task.task_id, sample)
+                yield Job(
+                    spec=EpisodeSpec(
+                        trajectory_id=trajectory_id, task=task, seed=seed, group=task.task_id
+                    )
+                )
 
-    def _continue(self, trajectory: Trajectory) -> Iterator[Job]:
-        """Yield the missing continuations of one trajectory, short prefixes first."""
-        if trajectory.stop.failed:
-            return
-        yield from self._continue_prompt(trajectory.task)
-        for steps in open_prefixes(trajectory, self._agent.limits.max_steps):
-            start = Prefix(trajectory=trajectory, steps=steps)
-            yield from self._continuations(trajectory.task, start)
+    def _measure(self, task_ids: Sequence[str]) -> Iterator[Job]:
+        """Yield the rollouts of tasks whose trajectories are all there."""
+        for task_id in task_ids:
+            yield from self._begin(task_id, None)
 
-    def _continue_prompt(self, task: Task) -> Iterator[Job]:
-        """Yield the missing continuations of prefix 0 of a task, once."""
-        if task.task_id not in self._tasks_begun:
-            self._tasks_begun.add(task.task_id)
-            yield from self._continuations(task, None)
+    def _begin(self, task_id: str, task: Task | None) -> Iterator[Job]:
+        """Yield the first rollouts of a task whose trajectories are all there."""
+        work = self._work(task_id, task)
+        rounds = Rounds(
+            work,
+            self._plan.strategy,
+            self._ledger.rollouts_of(task_id),
+            exclude_truncated=self._plan.exclude_truncated,
+        )
+        self._active[task_id] = rounds
+        self._expect(task_id, self._plan.rollouts * len(work.nodes))
+        yield from self._round(rounds)
 
-    def _continuations(self, task: Task, start: Prefix | None) -> Iterator[Job]:
-        """Yield the missing continuations of one state."""
-        state = (start.trajectory.trajectory_id, start.steps) if start else (task.task_id, 0)
-        for rollout, attempt in self._ledger.tally(state).missing(self._plan.rollouts):
-            yield self._continuation(task, start, rollout, attempt=attempt)
+    def _work(self, task_id: str, task: Task | None) -> TaskWork:
+        """Read the trajectories of a task back and lay out their states."""
+        found = list(read_at(self._trajectories.path, Trajectory, self._index.get(task_id, ())))
+        # File order is that in which they ended; which of them owns a shared state must not be.
+        found.sort(key=lambda t: (len(t.trajectory_id), t.trajectory_id))
+        return TaskWork(
+            task or found[0].task,
+            found,
+            max_steps=self._agent.limits.max_steps,
+            same=self._plan.same_state,
+        )
 
-    def _continuation(self, task: Task, start: Prefix | None, rollout: int, *, attempt: int) -> Job:
+    def _round(self, rounds: Rounds) -> Iterator[Job]:
+        """Yield the next round of a task; close the task if there is none."""
+        task = rounds.work.task
+        missing = rounds.next_round()
+        for node, index, attempt in missing:
+            yield self._continuation(task, node.state, node.start, index, attempt=attempt)
+        if not missing:
+            del self._active[task.task_id]
+            self._branches.drop(task.task_id)
+            self._expect(task.task_id, sum(node.own.rollouts for node in rounds.work.nodes))
+
+    def _continuation(
+        self, task: Task, state: State, start: Prefix | None, rollout: int, *, attempt: int
+    ) -> Job:
         """Make one continuation; its seed depends on nothing but its key."""
-        owner = start.trajectory.trajectory_id if start else task.task_id
-        steps = start.steps if start else 0
+        owner, steps = state
         group = f"{owner}@{steps}"
         spec = EpisodeSpec(
             trajectory_id=f"{group}/{rollout}.{attempt}",
@@ -176,45 +261,80 @@ class Collector:
             seed=derive_seed("rollout", self._plan.seed, owner, steps, rollout, attempt),
             group=group,
             start=start,
+            restored=None if start is None else self._branches.of(start),
         )
         return Job(spec=spec, rollout=rollout, attempt=attempt)
-
-    def _sample(self, tasks: Sequence[Task]) -> Iterator[Job]:
-        """Yield the missing trajectories of each task, then the rollouts of its prompt."""
-        for task in tasks:
-            for sample in range(self._plan.samples):
-                trajectory_id = f"{task.task_id}/{sample}"
-                if trajectory_id not in self._sampled:
-                    seed = derive_seed("trajectory", self._plan.seed, task.task_id, sample)
-                    yield Job(
-                        spec=EpisodeSpec(
-                            trajectory_id=trajectory_id, task=task, seed=seed, group=task.task_id
-                        )
-                    )
-            yield from self._continue_prompt(task)
 
     def _repeat(self, job: Job) -> None:
         """Queue a failed rollout once more."""
         if job.rollout is not None and job.attempt + 1 < ATTEMPTS:
-            task, start = job.spec.task, job.spec.start
             self._queue.repeat(
-                self._continuation(task, start, job.rollout, attempt=job.attempt + 1)
+                self._continuation(
+                    job.spec.task,
+                    job.state,
+                    job.spec.start,
+                    job.rollout,
+                    attempt=job.attempt + 1,
+                )
             )
 
-    def _record(self, ends: Iterable[tuple[Job, Trajectory]], bar: Progress) -> None:
+    # -- from ends to records ----------------------------------------------------------------
+
+    async def _record(self, ends: Iterable[tuple[Job, Trajectory]], bar: Progress) -> None:
         """Write ends, and queue what follows from them."""
         for job, ended in ends:
             if job.rollout is None:
-                self._trajectories.append(ended)
-                more = self._count(ended)
-                self.planned += more
-                bar.grow(more)
-                self._queue.follow(self._continue(ended))
-                continue
-            rollout = _rollout(job, job.rollout, ended, completer=self._ledger.completer)
-            self._ledger.append(rollout)
-            if rollout.settled:
-                bar.advance(tokens=self._ledger.totals.tokens)
+                self._record_trajectory(ended)
+            else:
+                self._record_rollout(job, job.rollout, ended, bar)
+        await self._branches.close_dropped()
+
+    def _record_trajectory(self, ended: Trajectory) -> None:
+        """Write a sampled trajectory; the last one of its task starts the rollouts."""
+        self._know(ended, self._trajectories.append(ended))
+        task_id = ended.task.task_id
+        self._unsampled[task_id] -= 1
+        if self._unsampled[task_id]:
+            return
+        del self._unsampled[task_id]
+        self._follow(self._begin(task_id, ended.task))
+
+    def _record_rollout(self, job: Job, index: int, ended: Trajectory, bar: Progress) -> None:
+        """Write a rollout; the last one of its round asks for the next."""
+        if self._continuations is not None:
+            self._continuations.append(ended)
+        rollout = _rollout(
+            job, index, ended, completer=self._ledger.completer, same=self._plan.same_state
+        )
+        self._ledger.append(rollout)
+        if rollout.settled:
+            bar.advance(tokens=self._ledger.totals.tokens)
+        # A failure that was held back may come after the task is done.
+        rounds = self._active.get(job.spec.task.task_id)
+        if rounds is not None and rounds.ended(rollout):
+            self._follow(self._round(rounds))
+
+    def _follow(self, jobs: Iterator[Job]) -> None:
+        """Queue jobs ahead of the rest; what the iterator decides, it decides now."""
+        self._queue.follow(iter(list(jobs)))
+
+    def _plan_for(self, trajectory: Trajectory) -> None:
+        """Expect the rollouts of a trajectory that is there already."""
+        task_id = trajectory.task.task_id
+        states = len(open_prefixes(trajectory, self._agent.limits.max_steps))
+        before = self._expected.setdefault(task_id, self._plan.rollouts)
+        self._expected[task_id] = before + states * self._plan.rollouts
+
+    def _expect(self, task_id: str, rollouts: int) -> None:
+        """Correct what the progress bar expects of a task."""
+        if self._bar is not None:
+            self._bar.grow(rollouts - self._expected.get(task_id, 0))
+        self._expected[task_id] = rollouts
+
+    def _know(self, trajectory: Trajectory, offset: int) -> None:
+        """Remember where a trajectory lies, and what it cost."""
+        self._index.setdefault(trajectory.task.task_id, array("Q")).append(offset)
+        self._trajectory_tokens += trajectory.num_generated_tokens
 
     @staticmethod
     def _stop_if(verdict: str | None) -> None:
@@ -223,7 +343,9 @@ class Collector:
             raise InputError(verdict)
 
 
-def _rollout(job: Job, index: int, ended: Trajectory, *, completer: str) -> Rollout:
+def _rollout(
+    job: Job, index: int, ended: Trajectory, *, completer: str, same: SameState
+) -> Rollout:
     """Reduce a continuation to its line in the ledger."""
     owner, prefix = job.state
     written = ended.steps[prefix:]
@@ -242,4 +364,6 @@ def _rollout(job: Job, index: int, ended: Trajectory, *, completer: str) -> Roll
         tool_calls=sum(len(step.calls) for step in written),
         seed=job.spec.seed,
         failure=None if failure is None else str(failure),
+        mismatch=bool(ended.meta.get("replay_mismatch")),
+        reached=state_digests(job.spec.task.task_id, ended.steps, same)[prefix:-1],
     )

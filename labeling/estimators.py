@@ -7,16 +7,24 @@ ones (broken tools or engine) never are; truncated ones count as wrong or are le
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from statistics import NormalDist
 from typing import Literal, NamedTuple, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
 from scipy.special import betaincinv
 
 from trajectory.records import StepEvidence, StepLabels
 
 Truncated: TypeAlias = Literal["wrong", "exclude"]
+
+Progress: TypeAlias = Literal["difference", "ratio"]
+
+_LATTICE = 4000
+"""Pairs of posterior quantiles behind an interval of progress."""
 
 JEFFREYS = 0.5
 """Pseudo-count of one success and of one failure in Jeffreys' prior, in rollouts."""
@@ -155,7 +163,68 @@ def smoothed(n: int, c: int, level: float) -> Estimate:
     return Estimate(right / (right + wrong), low, high)
 
 
+def progress(
+    before: tuple[int, int], after: tuple[int, int], level: float, *, kind: Progress
+) -> Estimate:
+    """Estimate what a step changed: the difference or the ratio of two states' values.
+
+    Parameters
+    ----------
+    before, after : tuple of int
+        ``(n, c)`` of the state before and after the step, n >= 1.
+    level : float
+        Coverage of the interval, in [0.5, 1).
+    kind : {"difference", "ratio"}
+        ``V_t - V_{t-1}`` in [-1, 1], or ``min(1, V_t / V_{t-1})`` in [0, 1].
+
+    Returns
+    -------
+    Estimate
+        Made from posterior means (see `smoothed`), with equal tails of the posterior.
+
+    Notes
+    -----
+    The posterior of the change is that of two independent Beta variables, taken from 4,000 pairs
+    of quasi-random quantiles, the same ones for every call: no chance enters, and the interval
+    misses the exact one by about 0.001. States that share rollouts are treated as independent.
+
+    References
+    ----------
+    .. [1] Setlur et al., Rewarding progress, arXiv:2410.08146, section 3 (difference).
+
+    Examples
+    --------
+    >>> [round(x, 2) for x in progress((8, 8), (8, 0), 0.9, kind="difference")]
+    [-0.89, -0.99, -0.68]
+    >>> round(progress((8, 4), (8, 8), 0.9, kind="ratio").value, 2)
+    1.0
+    """
+    for n, c in (before, after):
+        _check(n, c, level)
+    first, second = (_posterior_draws(n, c, axis) for axis, (n, c) in enumerate((before, after)))
+    means = [(c + JEFFREYS) / (n + 2 * JEFFREYS) for n, c in (before, after)]
+    if kind == "difference":
+        value, draws = means[1] - means[0], second - first
+    else:
+        value, draws = min(1.0, means[1] / means[0]), np.minimum(1.0, second / first)
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(value, min(value, float(low)), max(value, float(high)))
+
+
+def _posterior_draws(n: int, c: int, axis: int) -> NDArray[np.float64]:
+    """Return the posterior's quantiles at one axis of a fixed two-dimensional lattice."""
+    steps = np.arange(_LATTICE)
+    # The golden ratio spreads the pairs evenly over the square, whatever the two posteriors are.
+    places = (steps + 0.5) / _LATTICE if axis == 0 else (0.5 + steps * 0.6180339887498949) % 1
+    draws: NDArray[np.float64] = betaincinv(c + JEFFREYS, n - c + JEFFREYS, places)
+    return draws
+
+
 ESTIMATORS: Mapping[str, Estimator] = {"hard": hard, "soft": soft, "smoothed": smoothed}
+RATIO, STOPPED = "ratio", "stopped"
+ALL_ESTIMATORS = (*ESTIMATORS, RATIO, STOPPED)
+"""Names of `ESTIMATORS`, of the ratio to the value before (`progress`), and of
+`labeling.stopping.stopped`, which also needs to know the rule."""
 
 
 def usable_counts(evidence: StepEvidence, truncated: Truncated) -> tuple[tuple[int, int], ...]:
@@ -185,6 +254,7 @@ def label_steps(
     *,
     level: float = 0.9,
     truncated: Truncated = "wrong",
+    special: Estimator | None = None,
 ) -> StepLabels:
     """Estimate the value of every prefix of one trajectory.
 
@@ -193,11 +263,14 @@ def label_steps(
     evidence : StepEvidence
         Counts for prefixes 0..S.
     estimator : str
-        A row of `ESTIMATORS`.
+        One of `ALL_ESTIMATORS`. ``ratio`` gives what each step left of the value before it, so
+        prefix 0 has none.
     level : float
         Coverage of the intervals, in [0.5, 1).
     truncated : {"wrong", "exclude"}
         What a cut-off rollout counts as, see `usable_counts`.
+    special : Estimator, optional
+        The function behind a name that is no row of `ESTIMATORS`, such as ``stopped``.
 
     Returns
     -------
@@ -221,8 +294,15 @@ def label_steps(
     >>> label_steps(evidence, "soft").values
     (0.25, 0.0, None)
     """
-    estimate = ESTIMATORS[estimator]
-    found = [estimate(n, c, level) if n else None for n, c in usable_counts(evidence, truncated)]
+    counts = usable_counts(evidence, truncated)
+    found: list[Estimate | None]
+    if estimator == RATIO:
+        steps = itertools.pairwise(counts)
+        found = [None]
+        found += [progress(a, b, level, kind="ratio") if a[0] and b[0] else None for a, b in steps]
+    else:
+        estimate = special or ESTIMATORS[estimator]
+        found = [estimate(n, c, level) if n else None for n, c in counts]
     return StepLabels(
         trajectory_id=evidence.trajectory_id,
         estimator=estimator,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -34,9 +34,15 @@ class JobQueue:
 
     It may run dry while episodes are alive and be asked again after one has ended and brought
     new work, so unlike other iterators it can go on after ``StopIteration``.
+
+    Parameters
+    ----------
+    has_budget : callable, optional
+        Asked before every episode; once it says no, nothing more is begun.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, has_budget: Callable[[], bool] = lambda: True) -> None:
+        self._has_budget = has_budget
         self._urgent: deque[Iterator[Job]] = deque()
         self._rest: Iterator[Job] = iter(())
         self._alive: dict[str, Job] = {}
@@ -60,7 +66,19 @@ class JobQueue:
     def __iter__(self) -> Self:
         return self
 
+    @property
+    def num_alive(self) -> int:
+        """Episodes begun and not taken back."""
+        return len(self._alive)
+
+    @property
+    def has_followers(self) -> bool:
+        """Whether work that followed from an end is waiting."""
+        return bool(self._urgent)
+
     def __next__(self) -> EpisodeSpec:
+        if not self._has_budget():
+            raise StopIteration
         job = self._next()
         self._alive[job.spec.trajectory_id] = job
         return job.spec

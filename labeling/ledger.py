@@ -3,13 +3,14 @@
 A line is written when its rollout has ended, in one ``write``, so a killed process loses at most
 the rollouts in flight; ``fsync`` follows at most every ``SYNC_EVERY_S`` seconds and at the end, so
 a power cut loses at most that much more. What is left to do is the planned keys minus the keys
-found here. In memory are only counts and one bit per rollout, never the rollouts.
+found here. In memory are only counts, one bit and one file offset per rollout, never the rollouts.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Self, TypeAlias
 
 from trajectory.errors import InputError
 from trajectory.records import StopReason
-from trajectory.store import JsonlWriter, read_jsonl, repair_tail
+from trajectory.store import JsonlWriter, read_at, read_jsonl, read_offsets, repair_tail
 
 SYNC_EVERY_S = 5.0
 """Longest time between two ``fsync`` while lines are written, seconds."""
@@ -58,6 +59,11 @@ class Rollout:
     seed: int
     failure: str | None = None
     """What broke, if something did."""
+    mismatch: bool = False
+    """Whether that was a tool that answered a repeated call differently."""
+    reached: tuple[str, ...] = ()
+    """Digests of the states it came through after the prefix, its end aside: see
+    `labeling.states`. Of those that its task's trajectories share, it is a rollout as well."""
 
     def __post_init__(self) -> None:
         if (self.trajectory_id is None) != (self.prefix == 0):
@@ -73,6 +79,16 @@ class Rollout:
     def state(self) -> State:
         """The state that was continued."""
         return (self.trajectory_id or self.task_id, self.prefix)
+
+    @property
+    def right(self) -> bool:
+        """Whether the checker accepted the answer."""
+        return self.outcome is not None and self.outcome >= 0.5
+
+    @property
+    def abandons(self) -> bool:
+        """Whether it shows that its state cannot be restored."""
+        return self.mismatch and self.settled
 
     @property
     def settled(self) -> bool:
@@ -111,7 +127,7 @@ class Tally:
             self.broken |= bit
             return
         self.settled |= bit
-        self.correct += rollout.outcome is not None and rollout.outcome >= 0.5
+        self.correct += rollout.right
         self.truncated += rollout.stop.truncated
         self.failed += rollout.stop.failed
 
@@ -145,7 +161,7 @@ class Totals:
             self.retried += 1
             return
         self.rollouts += 1
-        self.correct += rollout.outcome is not None and rollout.outcome >= 0.5
+        self.correct += rollout.right
         self.truncated += rollout.stop.truncated
         self.failed += rollout.stop.failed
 
@@ -155,6 +171,7 @@ class _Contents:
     """What a pass over a ledger found."""
 
     tallies: dict[State, Tally] = field(default_factory=dict)
+    offsets: dict[str, array[int]] = field(default_factory=dict)
     totals: Totals = field(default_factory=Totals)
     duplicates: int = 0
 
@@ -186,6 +203,7 @@ class Ledger:
         self.duplicates = contents.duplicates
         """Repeated lines passed over."""
         self._tallies = contents.tallies
+        self._offsets = contents.offsets
         self._writer = JsonlWriter(path)
         self._unsynced = False
         self._synced_at = time.monotonic()
@@ -198,6 +216,10 @@ class Ledger:
     def num_states(self) -> int:
         """States with at least one rollout."""
         return len(self._tallies)
+
+    def rollouts_of(self, task_id: str) -> Iterator[Rollout]:
+        """Read the rollouts of one task from the file, in the order they were written."""
+        return read_at(self.path, Rollout, self._offsets.get(task_id, ()))
 
     def append(self, rollout: Rollout) -> None:
         """Write and count one rollout.
@@ -214,7 +236,8 @@ class Ledger:
         tally = self._tallies.setdefault(rollout.state, Tally())
         if tally.has(rollout):
             raise ValueError(f"rollout {rollout.rollout} of {rollout.state} is already there")
-        self._writer.append(rollout)
+        offset = self._writer.append(rollout)
+        self._offsets.setdefault(rollout.task_id, array("Q")).append(offset)
         tally.add(rollout)
         self.totals.add(rollout)
         self._unsynced = True
@@ -260,7 +283,7 @@ def _read(path: Path, completer: str) -> _Contents:
     """Count a ledger; repeated lines are compared with their first occurrence in a second pass."""
     contents = _Contents()
     repeated: dict[tuple[State, int, bool], list[tuple[int, Rollout]]] = {}
-    for ordinal, rollout in enumerate(read_jsonl(path, Rollout)):
+    for ordinal, (offset, rollout) in enumerate(read_offsets(path, Rollout)):
         if rollout.completer != completer:
             raise InputError(
                 f"{path}, line {line_number(path, ordinal)}: a rollout by "
@@ -273,6 +296,7 @@ def _read(path: Path, completer: str) -> _Contents:
         else:
             tally.add(rollout)
             contents.totals.add(rollout)
+            contents.offsets.setdefault(rollout.task_id, array("Q")).append(offset)
     if repeated:
         _compare(path, repeated)
     return contents

@@ -6,7 +6,9 @@ import asyncio
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -15,69 +17,27 @@ from rich.table import Table
 from agent.engines import ENGINES
 from agent.engines.base import Engine
 from agent.episode import Agent
-from agent.setup import AgentConfig, load_tasks, open_agent, sandbox_of
+from agent.setup import load_tasks, open_agent, sandbox_of
 from agent.tasks import parse_tasks
 from agent.tools import build_tools, check_tasks
 from agent.tools.base import SideEffect
 from labeling.collect import Collector, Plan
-from labeling.estimators import ESTIMATORS, Truncated, label_steps
-from labeling.evidence import step_evidence
+from labeling.config import LabelConfig, parse_shard
+from labeling.estimators import STOPPED, label_steps
 from labeling.given import check_given, copy_given
 from labeling.ledger import Ledger
+from labeling.stopping import stopped
+from labeling.work import TaskWork
 from trajectory.errors import InputError
 from trajectory.progress import progress
-from trajectory.records import LabelledTrajectory, Task, Trajectory
+from trajectory.records import LabelledTrajectory, Sampling, Task, Trajectory
 from trajectory.run import MANIFEST, RunFolder, config_dict, open_run, read_manifest
 from trajectory.store import JsonlWriter, read_jsonl, repair_tail, write_labels
 
 TRAJECTORIES = "trajectories.jsonl"
 EVIDENCE = "evidence.jsonl"
 LABELS = "labels.parquet"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelConfig:
-    """Measure the value of every intermediate state of trajectories by Monte-Carlo rollouts."""
-
-    agent: AgentConfig
-    """Who samples and continues the trajectories."""
-    out: Path
-    """Folder for trajectories.jsonl, evidence.jsonl, labels.parquet and manifest.json."""
-    rollouts: int = 8
-    """Continuations per state."""
-    samples: int = 1
-    """Trajectories sampled per task."""
-    trajectories: Path | None = None
-    """Label the trajectories of this .jsonl file instead of sampling some."""
-    estimator: str = "soft"
-    """How counts become values: hard, soft or smoothed."""
-    level: float = 0.9
-    """Coverage of the labels' intervals, in [0.5, 1)."""
-    truncated: Truncated = "wrong"
-    """Whether a rollout cut off by a limit counts as wrong, or not at all."""
-    seed: int = 0
-    """Makes runs differ; the same seed gives the same rollouts."""
-
-    def __post_init__(self) -> None:
-        if self.rollouts < 1:
-            raise InputError(
-                f"--rollouts must be >= 1, not {self.rollouts}: no label without a rollout"
-            )
-        if self.samples < 1:
-            raise InputError(f"--samples must be >= 1, not {self.samples}")
-        if not 0.5 <= self.level < 1:
-            raise InputError(f"--level must be in [0.5, 1), not {self.level}")
-        if self.estimator not in ESTIMATORS:
-            raise InputError(
-                f"unknown estimator {self.estimator!r}: choose from {', '.join(ESTIMATORS)}"
-            )
-        if self.trajectories is not None and (
-            self.samples != 1 or self.agent.num_tasks is not None or self.agent.first_task
-        ):
-            raise InputError(
-                "--trajectories names what to label, so --num-tasks, --first-task and --samples "
-                "do not apply: leave them out"
-            )
+CONTINUATIONS = "continuations.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +52,10 @@ class LabelReport:
     """Generated in this start."""
     busy_seconds: float = 0.0
     """Time the engine computed in this start; 0 where it cannot tell."""
+    prompt_tokens: int = 0
+    """Tokens given to the engine in this start."""
+    cached_prompt_tokens: int = 0
+    """Those of them that it had in its cache; 0 also where it cannot tell."""
     already_finished: bool = False
     """Whether there was nothing left to do."""
 
@@ -117,7 +81,8 @@ def label(config: LabelConfig, *, engine: Engine | None = None) -> LabelReport:
         On bad input, or if engine or tools stop working midway; what was collected is kept.
     """
     console = Console()
-    tasks = _check_inputs(config)
+    index, parts = parse_shard(config.shard)
+    tasks = _check_inputs(config)[index::parts]
     finished = _finished_counts(config.out)
     with open_run(
         config.out, kind="label", config=config_dict(config), parents=_parents(config)
@@ -186,16 +151,19 @@ async def _label(
             dropped_ids = copy_given(config.trajectories, path, agent.chat)
         stats = agent.engine.stats
         tokens, busy, started = stats.generated_tokens, stats.busy_seconds, time.monotonic()
+        prompt, cached = stats.prompt_tokens, stats.cached_prompt_tokens
         with Ledger(out / EVIDENCE, completer=_completer(agent)) as ledger:
-            await _collect(config, tasks, agent, ledger, path)
+            collector = await _collect(config, tasks, agent, ledger, path)
             seconds = time.monotonic() - started
-            counts = _freeze(config, agent, ledger, out)
+            counts = freeze(config, ledger, collector.works(), out)
     counts["cut_lines"] = cut + ledger.cut_lines
     counts["duplicate_lines"] = ledger.duplicates
     counts["trajectories_reencoded"] = dropped_ids
     return LabelReport(
         counts=counts,
         seconds=seconds,
+        prompt_tokens=stats.prompt_tokens - prompt,
+        cached_prompt_tokens=stats.cached_prompt_tokens - cached,
         tokens=stats.generated_tokens - tokens,
         busy_seconds=stats.busy_seconds - busy,
     )
@@ -219,35 +187,72 @@ def _completer(agent: Agent) -> str:
 
 async def _collect(
     config: LabelConfig, tasks: Sequence[Task], agent: Agent, ledger: Ledger, path: Path
-) -> None:
+) -> Collector:
     """Run every episode that is missing."""
-    plan = Plan(rollouts=config.rollouts, samples=config.samples, seed=config.seed)
-    # fsync: evidence on disk must never be about a trajectory that a power cut took away.
-    with JsonlWriter(path, fsync=True) as trajectories:
-        collector = Collector(agent, plan, ledger=ledger, trajectories=trajectories)
+    plan = Plan(
+        strategy=config.decides,
+        rollouts=config.rollouts,
+        samples=config.samples,
+        seed=config.seed,
+        same_state=config.same_state,
+        exclude_truncated=config.truncated == "exclude",
+        max_tokens=config.max_tokens,
+    )
+    with ExitStack() as files:
+        # fsync: evidence on disk must never be about a trajectory that a power cut took away.
+        trajectories = files.enter_context(JsonlWriter(path, fsync=True))
+        continuations = None
+        if config.keep_continuations:
+            kept = config.out / CONTINUATIONS
+            repair_tail(kept)
+            continuations = files.enter_context(JsonlWriter(kept))
+        collector = Collector(
+            agent, plan, ledger=ledger, trajectories=trajectories, continuations=continuations
+        )
         collector.prepare(tasks)
         done = ledger.totals.rollouts
         with progress("rollouts", collector.planned, done=done) as bar:
             await collector.run(concurrency=config.agent.concurrency, bar=bar)
+    return collector
 
 
-def _freeze(config: LabelConfig, agent: Agent, ledger: Ledger, out: Path) -> dict[str, int]:
-    """Write the labels of all trajectories and count what there is."""
+def freeze(
+    config: LabelConfig, ledger: Ledger, works: Iterator[TaskWork], out: Path
+) -> dict[str, int]:
+    """Write the labels of all trajectories.
+
+    Parameters
+    ----------
+    config : LabelConfig
+        Which estimator, limits and sampling.
+    ledger : Ledger
+        All evidence, for the totals.
+    works : iterator of TaskWork
+        The tasks with their evidence, see `Collector.works`.
+    out : Path
+        Folder of trajectories.jsonl; takes labels.parquet.
+
+    Returns
+    -------
+    dict
+        Counts for the manifest.
+    """
     counts = {"trajectories": 0, "trajectories_failed": 0, "trajectories_truncated": 0}
-    counts |= {"labelled": 0, "values": 0, "values_unknown": 0}
+    counts |= {"labelled": 0, "values": 0, "values_unknown": 0, "reused": 0, "abandoned": 0}
 
     def rows() -> Iterator[LabelledTrajectory]:
-        for trajectory in read_jsonl(out / TRAJECTORIES, Trajectory):
-            counts["trajectories"] += 1
-            counts["trajectories_truncated"] += trajectory.stop.truncated
-            if trajectory.stop.failed:
-                counts["trajectories_failed"] += 1
-                continue
-            row = _row(config, agent, ledger, trajectory)
-            counts["labelled"] += 1
-            counts["values"] += len(row.labels.values)
-            counts["values_unknown"] += row.labels.values.count(None)
-            yield row
+        for work in works:
+            counts["trajectories_failed"] += work.num_failed
+            counts["trajectories"] += work.num_failed + len(work.trajectories)
+            counts["reused"] += sum(node.reused.rollouts for node in work.nodes)
+            counts["abandoned"] += sum(node.abandoned for node in work.nodes)
+            for trajectory in work.trajectories:
+                counts["trajectories_truncated"] += trajectory.stop.truncated
+                row = _row(config, ledger.completer, work, trajectory)
+                counts["labelled"] += 1
+                counts["values"] += len(row.labels.values)
+                counts["values_unknown"] += row.labels.values.count(None)
+                yield row
 
     write_labels(out / LABELS, rows())
     totals = {name: int(value) for name, value in asdict(ledger.totals).items()}
@@ -255,17 +260,27 @@ def _freeze(config: LabelConfig, agent: Agent, ledger: Ledger, out: Path) -> dic
 
 
 def _row(
-    config: LabelConfig, agent: Agent, ledger: Ledger, trajectory: Trajectory
+    config: LabelConfig, completer: str, work: TaskWork, trajectory: Trajectory
 ) -> LabelledTrajectory:
     """Label one trajectory."""
-    evidence = step_evidence(
+    evidence = work.evidence(
         trajectory,
-        ledger,
         rollouts=config.rollouts,
-        max_steps=agent.limits.max_steps,
-        sampling=agent.sampling,
+        completer=completer,
+        sampling=Sampling(
+            temperature=config.agent.temperature, max_tokens=config.agent.max_turn_tokens
+        ),
     )
-    labels = label_steps(evidence, config.estimator, level=config.level, truncated=config.truncated)
+    special = None
+    if config.estimator == STOPPED:
+        special = partial(stopped, rule=config.stopping_rule)
+    labels = label_steps(
+        evidence,
+        config.estimator,
+        level=config.level,
+        truncated=config.truncated,
+        special=special,
+    )
     return LabelledTrajectory(trajectory=trajectory, evidence=evidence, labels=labels)
 
 
@@ -278,6 +293,7 @@ def _show(report: LabelReport, console: Console) -> None:
         "labelled states": f"{counts['values']} ({counts['values_unknown']} unknown)",
         "states rolled out": f"{counts['states']}",
         "rollouts": f"{counts['rollouts']}",
+        "counted for a later state too": f"{counts['reused']}",
         "right": f"{counts['correct'] / rollouts:.1%}",
         "truncated": f"{counts['truncated'] / rollouts:.1%}",
         "failed": f"{counts['failed'] / rollouts:.1%}",
@@ -290,6 +306,9 @@ def _show(report: LabelReport, console: Console) -> None:
         lines["tokens per second"] = f"{report.tokens / report.seconds:.0f}"
         if report.busy_seconds:
             lines["engine busy"] = f"{report.busy_seconds / report.seconds:.0%}"
+    if report.cached_prompt_tokens:
+        share = report.cached_prompt_tokens / report.prompt_tokens
+        lines["prompt tokens from the cache"] = f"{share:.0%}"
     table = Table(show_header=False, title="labels")
     for name, value in lines.items():
         table.add_row(name, value)

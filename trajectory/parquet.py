@@ -1,9 +1,9 @@
 """Labelled trajectories frozen as one Parquet file with an explicit, readable schema.
 
 The schema is a `datasets.Features`, kept in the file, so ``datasets.load_dataset("parquet",
-data_files=...)`` gives the same columns. The lists ``rollouts correct truncated failed values low
-high`` are indexed by prefix 0..S; ``*_meta`` columns hold JSON text. Every value comes back
-exactly, except that lone surrogates, which UTF-8 cannot hold, become U+FFFD.
+data_files=...)`` gives the same columns. The lists ``rollouts correct truncated failed reused`` and
+``values low high`` are indexed by prefix 0..S; ``*_meta`` columns hold JSON text. Every value comes
+back exactly, except that lone surrogates, which UTF-8 cannot hold, become U+FFFD.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from trajectory.records import JsonValue, LabelledTrajectory
 if TYPE_CHECKING:
     from datasets import Features
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 """``major.minor``: readers refuse other majors; a minor adds fields that have defaults."""
 
 _VERSION_KEY = b"toolprm.schema_version"
@@ -57,7 +57,10 @@ _EVIDENCE_COLUMNS = {
     "completer": "completer",
     "completer_sampling": "sampling",
     "evidence_tokens": "tokens",
+    "reused": "reused",
 }
+_ADDED = {"reused"}
+"""Columns that files of an older minor version lack."""
 _LABEL_COLUMNS = {"estimator": "estimator", "values": "values", "low": "low", "high": "high"}
 
 
@@ -101,7 +104,9 @@ def label_features() -> Features:
             "tools_hash": text,
             "prompt_ids": List(integer),
             "trajectory_meta": text,
-            **dict.fromkeys(("rollouts", "correct", "truncated", "failed"), List(integer)),
+            **dict.fromkeys(
+                ("rollouts", "correct", "truncated", "failed", "reused"), List(integer)
+            ),
             "completer": text,
             "completer_sampling": sampling,
             "evidence_tokens": integer,
@@ -198,6 +203,8 @@ def _check_schema(path: Path, schema: Any) -> None:
             raise InputError(f"{path}: unknown column {name!r} (schema {version})")
     for name in expected.names:
         if name not in schema.names:
+            if name in _ADDED:
+                continue
             raise InputError(f"{path}: column {name!r} is missing (schema {version})")
         if schema.field(name).type != expected.field(name).type:
             raise InputError(
@@ -225,7 +232,7 @@ def _restore(flat: dict[str, Any]) -> LabelledTrajectory:
     trajectory_id = flat["trajectory_id"]
 
     def part(columns: dict[str, str]) -> dict[str, Any]:
-        return {name: flat[column] for column, name in columns.items()}
+        return {name: flat[column] for column, name in columns.items() if column in flat}
 
     task = {**part(_TASK_COLUMNS), "meta": json.loads(flat["task_meta"])}
     run = {

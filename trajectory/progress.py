@@ -25,7 +25,7 @@ class Progress(Protocol):
         ...
 
     def grow(self, n: int) -> None:
-        """Raise the total by ``n`` items that have become known."""
+        """Raise the total by ``n`` items that have become known; lower it if ``n`` < 0."""
         ...
 
 

@@ -226,8 +226,16 @@ class StepEvidence:
     sampling: Sampling
     tokens: int
     """Tokens generated for this evidence."""
+    reused: tuple[int, ...] = ()
+    """How many of the rollouts of each prefix began at an earlier one and came through it; empty
+    if none was looked for."""
 
     def __post_init__(self) -> None:
+        if self.reused and len(self.reused) != len(self.rollouts):
+            raise ValueError(
+                f"{self.trajectory_id}: reused has {len(self.reused)} counts, rollouts "
+                f"{len(self.rollouts)}"
+            )
         lengths = {len(self.rollouts), len(self.correct), len(self.truncated), len(self.failed)}
         if len(lengths) != 1:
             raise ValueError(f"{self.trajectory_id}: counts of different lengths {lengths}")

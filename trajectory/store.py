@@ -27,8 +27,10 @@ __all__ = [
     "atomic_folder",
     "atomic_path",
     "from_json",
+    "read_at",
     "read_jsonl",
     "read_labels",
+    "read_offsets",
     "repair_tail",
     "to_json",
     "write_jsonl",
@@ -70,6 +72,47 @@ def read_jsonl(
     return _read_lines(path, cls, tail)
 
 
+def read_at(path: str | Path, cls: type[RecordT], offsets: Iterable[int]) -> Iterator[RecordT]:
+    """Read the records whose lines begin at the given bytes of a JSONL file.
+
+    Parameters
+    ----------
+    path : str or Path
+        A file that `JsonlWriter.append` or `read_offsets` gave the offsets of.
+    cls : type
+        The record class.
+    offsets : iterable of int
+        First byte of each line, in any order.
+
+    Raises
+    ------
+    InputError
+        If a line is not a record: the file was changed meanwhile.
+    """
+    path = Path(path)
+    with path.open("rb") as file:
+        for offset in offsets:
+            file.seek(offset)
+            yield _parse(file.readline(), cls, f"{path}, byte {offset}")
+
+
+def read_offsets(path: str | Path, cls: type[RecordT]) -> Iterator[tuple[int, RecordT]]:
+    """Read records with the byte at which each line begins, for `read_at`.
+
+    Raises
+    ------
+    InputError
+        As `read_jsonl`.
+    """
+    path = Path(path)
+    with path.open("rb") as file:
+        offset = 0
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield offset, _parse(line, cls, f"{path}, line {number}")
+            offset += len(line)
+
+
 def _read_lines(path: Path, cls: type[RecordT], tail: str) -> Iterator[RecordT]:
     """Yield the records of an existing file."""
     with path.open("rb") as file:
@@ -79,13 +122,17 @@ def _read_lines(path: Path, cls: type[RecordT], tail: str) -> Iterator[RecordT]:
                 return
             if not line.strip():
                 continue
-            try:
-                obj = json.loads(line, parse_constant=_refuse_constant)
-                record = from_json(cls, obj)
-            except (ValueError, RecursionError) as error:
-                hint = " (the last line is cut off)" if cut else ""
-                raise InputError(f"{path}, line {number}: {_sentence(error)}{hint}") from error
-            yield record
+            yield _parse(line, cls, f"{path}, line {number}")
+
+
+def _parse(line: bytes, cls: type[RecordT], place: str) -> RecordT:
+    """Make the record of one line."""
+    try:
+        obj = json.loads(line, parse_constant=_refuse_constant)
+        return from_json(cls, obj)
+    except (ValueError, RecursionError) as error:
+        hint = "" if line.endswith(b"\n") else " (the last line is cut off)"
+        raise InputError(f"{place}: {_sentence(error)}{hint}") from error
 
 
 def _sentence(error: Exception) -> str:
@@ -198,6 +245,7 @@ class JsonlWriter:
     >>> path = Path(tempfile.mkdtemp()) / "calls.jsonl"
     >>> with JsonlWriter(path) as writer:
     ...     writer.append(ToolCall(name="calculator", arguments="{}"))
+    0
     >>> [call.name for call in read_jsonl(path, ToolCall)]
     ['calculator']
     """
@@ -217,8 +265,13 @@ class JsonlWriter:
                 "appending"
             )
 
-    def append(self, record: object) -> None:
+    def append(self, record: object) -> int:
         """Write one record as one line; a line that does not fit on the disk is taken back.
+
+        Returns
+        -------
+        int
+            The byte at which the line begins, for `read_at`.
 
         Raises
         ------
@@ -240,6 +293,7 @@ class JsonlWriter:
             raise
         if self._fsync:
             os.fsync(self._descriptor)
+        return size
 
     def close(self) -> None:
         """Close the file; may be called twice."""

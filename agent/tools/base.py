@@ -17,6 +17,10 @@ class ToolFailure(Exception):
     """A tool's infrastructure broke; the episode ends as ``TOOL_FAILURE``, without a verdict."""
 
 
+class ReplayMismatch(ToolFailure):
+    """A repeated call gave another result than the recorded one, so a state cannot be restored."""
+
+
 class SideEffect(StrEnum):
     """What calling a tool may change."""
 

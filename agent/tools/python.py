@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from agent.sandbox.base import Limits, Result, Sandbox, SandboxError, Session
+from agent.sandbox.base import Limits, ReplayDiverged, Result, Sandbox, SandboxError, Session
 from agent.tools.arguments import text_argument, text_schema, unfenced
-from agent.tools.base import SideEffect, ToolFailure
+from agent.tools.base import ReplayMismatch, SideEffect, ToolFailure
 from trajectory.records import JsonValue, Observation, Task
 
 
@@ -21,6 +21,8 @@ class PythonSession:
 
         Raises
         ------
+        ReplayMismatch
+            If the present state had to be rebuilt and came out differently.
         ToolFailure
             If the sandbox broke.
         """
@@ -29,6 +31,8 @@ class PythonSession:
             return code
         try:
             result = await self._session.run(unfenced(code))
+        except ReplayDiverged as error:
+            raise ReplayMismatch(str(error)) from error
         except SandboxError as error:
             raise ToolFailure(f"the python sandbox broke: {error}") from error
         return Observation(
@@ -41,6 +45,8 @@ class PythonSession:
         """Copy the present state into a session that shares nothing with this one."""
         try:
             return PythonSession(await self._session.branch(), self._limits)
+        except ReplayDiverged as error:
+            raise ReplayMismatch(str(error)) from error
         except SandboxError as error:
             raise ToolFailure(f"the python sandbox broke: {error}") from error
 

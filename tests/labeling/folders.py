@@ -2,15 +2,21 @@
 
 from dataclasses import replace
 
+from labeling.config import LabelConfig
 from labeling.ledger import Rollout
-from labeling.run import LabelConfig
 from tests.labeling.walker import agent_config
 from trajectory.records import Trajectory
 from trajectory.store import read_jsonl
 
 
 def config(lab, out, *, agent=None, **changes):
-    fields = {"agent": agent_config(lab, **(agent or {})), "out": out, "rollouts": 4}
+    # The walker says few different things, so most of its states would be shared.
+    fields = {
+        "agent": agent_config(lab, **(agent or {})),
+        "out": out,
+        "rollouts": 4,
+        "same_state": "never",
+    }
     return LabelConfig(**(fields | changes))
 
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from agent.setup import AgentConfig
+from labeling.config import LabelConfig
 from labeling.ledger import Rollout
-from labeling.run import LabelConfig, label
+from labeling.run import label
 from policy.tiny import make_model, make_tokenizer
 from tests.labeling.walker import WalkerEngine, agent_config
 from trajectory.records import StopReason, ToolCall, Trajectory

@@ -1,9 +1,8 @@
-from contextlib import ExitStack
-
 import pytest
 
-from labeling.evidence import open_prefixes, step_evidence
-from labeling.ledger import Ledger, Rollout
+from labeling.evidence import open_prefixes
+from labeling.ledger import Rollout
+from labeling.work import TaskWork
 from tests.examples import make_step, make_trajectory
 from trajectory.records import Sampling, StopReason
 
@@ -14,13 +13,15 @@ def cut_off(stop, num_steps):
 
 
 @pytest.fixture
-def ledger(tmp_path):
-    with ExitStack() as stack:
-        yield stack.enter_context(Ledger(tmp_path / "evidence.jsonl", completer="m"))
+def ledger():
+    return []
 
 
 def measured(ledger, trajectory, *, max_steps=8):
-    return step_evidence(trajectory, ledger, rollouts=4, max_steps=max_steps, sampling=Sampling())
+    work = TaskWork(trajectory.task, [trajectory], max_steps=max_steps, same="never")
+    for rollout in ledger:
+        work.count(rollout)
+    return work.evidence(trajectory, rollouts=4, completer="m", sampling=Sampling())
 
 
 def add(ledger, trajectory, prefix, outcomes):

@@ -2,7 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from labeling.run import LabelConfig, label
+from labeling.config import LabelConfig
+from labeling.run import label
 from tests.examples import make_step, make_trajectory
 from tests.labeling.walker import WalkerEngine, agent_config
 from trajectory.errors import InputError

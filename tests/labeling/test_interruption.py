@@ -27,7 +27,7 @@ def start(lab):
 
     def start(out, errors):
         flags = f"--tasks {lab}/tasks.jsonl --policy {lab}/policy --out {out} --rollouts 4"
-        limits = "--samples 2 --concurrency 16 --max-steps 6 --max-turn-tokens 200"
+        limits = "--same-state never --samples 2 --concurrency 16 --max-steps 6 --max-turn-tokens 200"
         arguments = (0.3, [*flags.split(), *limits.split()], errors)
         process = context.Process(target=walker.command, args=arguments)
         process.start()

@@ -7,8 +7,9 @@ import pytest
 import agent.tools
 from agent.tools.base import SideEffect, ToolFailure
 from agent.tools.calculator import CalculatorSession, CalculatorTool
+from labeling.config import LabelConfig
 from labeling.ledger import Rollout
-from labeling.run import LabelConfig, label
+from labeling.run import label
 from tests.labeling.walker import WalkerEngine, agent_config, make_tasks
 from trajectory.errors import InputError
 from trajectory.records import StopReason
@@ -42,7 +43,7 @@ def run(lab, tmp_path, monkeypatch):
         tool = FragileCalculator(broken)
         tool.effect = effect
         monkeypatch.setitem(agent.tools.TOOLS, "calculator", lambda sandbox: tool)
-        settings = {"samples": 2, "rollouts": 4, **changes}
+        settings = {"samples": 2, "rollouts": 4, "same_state": "never", **changes}
         config = LabelConfig(
             agent=agent_config(lab, concurrency=4, **({"tasks": str(tasks)} if tasks else {})),
             out=tmp_path / "labels",

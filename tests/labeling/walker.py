@@ -16,7 +16,8 @@ from random import Random
 from agent.chat import ChatFormat
 from agent.engines.base import EngineError, EngineStats, GenerateRequest, Generation
 from agent.setup import AgentConfig
-from labeling.run import LabelConfig, label
+from labeling.config import LabelConfig
+from labeling.run import label
 from trajectory.command import Command, main
 from trajectory.formats import format_call
 from trajectory.records import ToolCall

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from agent.engines.base import EngineError, EngineOptions, EngineStats
 from agent.engines.transformers import TransformersEngine
 from agent.setup import AgentConfig, open_agent
-from labeling.run import LabelConfig, label
+from labeling.config import LabelConfig
+from labeling.run import label
 from policy.evaluate import EvaluateConfig, evaluate
 from policy.learner import make_learner
 from policy.optimize import OptimizeConfig, optimize

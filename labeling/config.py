@@ -1,0 +1,149 @@
+"""The settings of ``prm label``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from agent.setup import AgentConfig
+from labeling.estimators import ALL_ESTIMATORS, STOPPED, Truncated
+from labeling.states import SameState
+from labeling.stopping import StoppingRule
+from labeling.strategies import Adaptive, Bisect, Fixed
+from trajectory.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelConfig:
+    """Measure the value of every intermediate state of trajectories by Monte-Carlo rollouts."""
+
+    agent: AgentConfig
+    """Who samples and continues the trajectories."""
+    out: Path
+    """Folder for trajectories.jsonl, evidence.jsonl, labels.parquet and manifest.json."""
+    strategy: Literal["fixed", "adaptive", "bisect"] = "fixed"
+    """fixed: the same number of rollouts for every state. adaptive: where they teach most, until
+    the value is known well enough. bisect: search the first step that cannot be recovered from."""
+    rollouts: int = 8
+    """Continuations per state: of each (fixed), on average (adaptive), failures after which it
+    counts as lost (bisect)."""
+    width: float = 0.2
+    """adaptive: a credible interval this narrow decides a state."""
+    threshold: float | None = None
+    """adaptive: an interval that excludes this value decides a state."""
+    max_rollouts: int | None = None
+    """adaptive: most continuations of one state; four times --rollouts when not given."""
+    batch: int = 4
+    """adaptive, bisect: continuations of a state between two decisions."""
+    pool_budget: bool = True
+    """adaptive: states of a task share its rollouts; if not, each goes on until it is decided."""
+    probe: bool = True
+    """bisect: check a state behind the found step, because agents recover."""
+    same_state: SameState = "text"
+    """When a continuation counts for a later state too: it came through the same turns and
+    observations (text), the same calls and observations (calls), or never."""
+    max_tokens: int | None = None
+    """Begin nothing more once this many tokens were generated."""
+    shard: str = "0/1"
+    """i/n: take every n-th task from the i-th on, counted from 0; `prm merge` joins the parts."""
+    keep_continuations: bool = False
+    """Keep the continuations themselves, as trajectories, in continuations.jsonl."""
+    samples: int = 1
+    """Trajectories sampled per task."""
+    trajectories: Path | None = None
+    """Label the trajectories of this .jsonl file instead of sampling some."""
+    estimator: str = "soft"
+    """How counts become values: hard, soft, smoothed, ratio or stopped."""
+    level: float = 0.9
+    """Coverage of the labels' intervals, in [0.5, 1)."""
+    truncated: Truncated = "wrong"
+    """Whether a rollout cut off by a limit counts as wrong, or not at all."""
+    seed: int = 0
+    """Makes runs differ; the same seed gives the same rollouts."""
+
+    def __post_init__(self) -> None:
+        if self.rollouts < 1:
+            raise InputError(
+                f"--rollouts must be >= 1, not {self.rollouts}: no label without a rollout"
+            )
+        if self.samples < 1:
+            raise InputError(f"--samples must be >= 1, not {self.samples}")
+        if not 0.5 <= self.level < 1:
+            raise InputError(f"--level must be in [0.5, 1), not {self.level}")
+        if self.estimator not in ALL_ESTIMATORS:
+            raise InputError(
+                f"unknown estimator {self.estimator!r}: choose from {', '.join(ALL_ESTIMATORS)}"
+            )
+        self._check_strategy()
+        if self.trajectories is not None and (
+            self.samples != 1 or self.agent.num_tasks is not None or self.agent.first_task
+        ):
+            raise InputError(
+                "--trajectories names what to label, so --num-tasks, --first-task and --samples "
+                "do not apply: leave them out"
+            )
+
+    def _check_strategy(self) -> None:
+        """Refuse settings that do not go together."""
+        if not 0 <= self.width < 1:
+            raise InputError(f"--width must be in [0, 1), not {self.width}")
+        if self.threshold is not None and not 0 < self.threshold < 1:
+            raise InputError(f"--threshold must be in (0, 1), not {self.threshold}")
+        if self.batch < 1:
+            raise InputError(f"--batch must be >= 1, not {self.batch}")
+        if self.max_rollouts is not None and self.max_rollouts < self.rollouts:
+            raise InputError("--max-rollouts must be at least --rollouts")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise InputError("--max-tokens must be >= 1")
+        parse_shard(self.shard)
+        local = self.strategy != "adaptive" or not self.pool_budget
+        if self.estimator == STOPPED and not (local and self.same_state == "never"):
+            raise InputError(
+                "the estimator 'stopped' is unbiased only if a state's rollouts stop by its own "
+                "results: give --same-state never, and with --strategy adaptive --no-pool-budget"
+            )
+
+    @property
+    def stopping_rule(self) -> StoppingRule:
+        """Why the rollouts of a state stop, from nothing but their own results."""
+        strategy = self.decides
+        if isinstance(strategy, Fixed):
+            return StoppingRule(goes_on=lambda n, c: True, batch=self.rollouts)
+        return StoppingRule(goes_on=strategy.goes_on, batch=strategy.batch)
+
+    @property
+    def decides(self) -> Fixed | Adaptive | Bisect:
+        """The strategy with its settings."""
+        if self.strategy == "fixed":
+            return Fixed(rollouts=self.rollouts)
+        if self.strategy == "bisect":
+            return Bisect(rollouts=self.rollouts, batch=self.batch, probe=self.probe)
+        return Adaptive(
+            rollouts=self.rollouts,
+            most=self.max_rollouts or 4 * self.rollouts,
+            batch=self.batch,
+            width=self.width,
+            threshold=self.threshold,
+            level=self.level,
+            pooled=self.pool_budget,
+        )
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Read ``i/n``.
+
+    Raises
+    ------
+    InputError
+        If it is not of that form with 0 <= i < n.
+
+    Examples
+    --------
+    >>> parse_shard("2/8")
+    (2, 8)
+    """
+    index, slash, parts = text.partition("/")
+    if not (slash and index.isdecimal() and parts.isdecimal() and int(index) < int(parts)):
+        raise InputError(f"--shard must be i/n with i from 0 to n - 1, such as 0/4, not {text!r}")
+    return int(index), int(parts)
