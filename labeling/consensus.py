@@ -8,7 +8,8 @@ Every source says -1, 0, +1 or nothing (None) of a step:
 
 Rollouts and judge also name a *first error*. For rollouts it is the step after which none of the
 continuations succeeds any more (`lost_at`), for the judge the first step it calls bad
-(`first_bad`).
+(`first_bad`). Step by step, the first error by rollouts reads as their *reach*: +1 before it, -1
+at it, nothing after it.
 
 The oracle is one-sided: a failed call speaks against a step, but a call that ran and was used may
 still be the wrong call, so its +1 never outweighs another source where a policy says "unless".
@@ -31,7 +32,8 @@ Ternary = int | None
 NO_ERROR = 0
 """A first error of 0 says that there is none; steps count from 1."""
 
-SOURCES = ("rollouts", "judge", "oracle")
+SOURCES = ("rollouts", "reach", "judge", "oracle")
+"""Names in records and reports; ``rollouts`` and ``reach`` are two readings of the same counts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,8 +60,18 @@ class Evidence:
         """First error by the judge: 1..S, `NO_ERROR`, or None if unknown or not asked."""
         return None if self.judge is None else first_bad(self.judge)
 
+    @property
+    def reach(self) -> tuple[Ternary, ...]:
+        """The first error by the rollouts as one answer per step, length S."""
+        size = len(self.rollouts)
+        if self.lost_at is None:
+            return (None,) * size
+        if self.lost_at == NO_ERROR:
+            return (1,) * size
+        return (*[1] * (self.lost_at - 1), -1, *[None] * (size - self.lost_at))
+
     def of_step(self, index: int) -> dict[str, Ternary]:
-        """Return what each source says of the step with this index, from 0."""
+        """Return what rollouts (their sign), judge and oracle say of the step with this index."""
         judge = None if self.judge is None else self.judge[index]
         return {"rollouts": self.rollouts[index], "judge": judge, "oracle": self.oracle[index]}
 
@@ -71,11 +83,13 @@ class StepConsensus:
     step: int
     """1..S."""
     rollouts: int | None
+    """Sign of progress; never 0."""
+    reach: int | None
+    """+1 before the rollouts' first error, -1 at it."""
     judge: int | None
     oracle: int | None
     spoke: tuple[str, ...]
-    """Names of the sources that said something of this very step; a first error is said of the
-    trajectory."""
+    """Those of `SOURCES` that said something."""
     verdict: int | None
     """-1, 0 or +1; None is no consensus."""
 
@@ -321,7 +335,7 @@ def combine(trajectory_id: str, evidence: Evidence, policy: str) -> Consensus:
     verdicts = POLICIES[policy](evidence)
     steps = []
     for index, verdict in enumerate(verdicts):
-        says = evidence.of_step(index)
+        says = evidence.of_step(index) | {"reach": evidence.reach[index]}
         spoke = tuple(name for name in SOURCES if says[name] is not None)
         steps.append(StepConsensus(step=index + 1, **says, spoke=spoke, verdict=verdict))
     return Consensus(

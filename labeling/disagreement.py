@@ -77,6 +77,7 @@ class Contradiction:
     trajectory_id: str
     step: int
     rollouts: int | None
+    reach: int | None
     judge: int | None
     oracle: int | None
     value_before: float | None
@@ -146,6 +147,7 @@ def report(
         pairs=tuple(
             compare(steps, of_step, first=a, second=b, seed=seed)
             for a, b in combinations(SOURCES, 2)
+            if (a, b) != ("rollouts", "reach")
         ),
         contradictions=contradictions(rows, consensus, most=examples),
     )
@@ -308,7 +310,7 @@ def contradictions(
     found: list[tuple[int, float, Contradiction]] = []
     for row, one in zip(rows, consensus, strict=True):
         for step in one.steps:
-            said = [v for v in (step.rollouts, step.judge, step.oracle) if v is not None]
+            said = [v for name in SOURCES if (v := getattr(step, name)) is not None]
             spread = max(said) - min(said) if said else 0
             if spread == 0:
                 continue
@@ -318,6 +320,7 @@ def contradictions(
                 trajectory_id=one.trajectory_id,
                 step=step.step,
                 rollouts=step.rollouts,
+                reach=step.reach,
                 judge=step.judge,
                 oracle=step.oracle,
                 value_before=before,

@@ -202,13 +202,9 @@ def test_rollouts_first_by_hand(said, verdict):
 def test_every_verdict_was_said_by_a_source_or_is_no_error(policy, evidence):
     found = combine("a", evidence, policy)
     for index, step in enumerate(found.steps):
-        said = {k: v for k, v in evidence.of_step(index).items() if v is not None}
-        assert step.spoke == tuple(said)
-        if step.verdict is None:
-            continue
-        named = {evidence.lost_at: -1, NO_ERROR: 1}.get(step.step, 1)
-        allowed = {*said.values(), *([named] if policy == "unanimous" else [])}
-        assert step.verdict in allowed
+        said = evidence.of_step(index) | {"reach": evidence.reach[index]}
+        assert set(step.spoke) == {name for name, value in said.items() if value is not None}
+        assert step.verdict is None or step.verdict in [said[name] for name in step.spoke]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -217,6 +213,13 @@ def test_silent_sources_give_no_verdict(policy, evidence):
     nothing = (None,) * len(evidence.rollouts)
     silent = Evidence(rollouts=nothing, judge=nothing, oracle=nothing, lost_at=evidence.lost_at)
     assert POLICIES[policy](silent) == nothing
+
+
+def test_reach_is_the_first_error_step_by_step():
+    nothing = (None,) * 3
+    assert says(nothing, None, nothing, 0).reach == (1, 1, 1)
+    assert says(nothing, None, nothing, 2).reach == (1, -1, None)
+    assert says(nothing, None, nothing, None).reach == nothing
 
 
 @given(evidences(judged=True))

@@ -85,7 +85,7 @@ def test_the_command_writes_what_it_promises(folders, tmp_path):
         **{"rollouts_unknown": 0, "judge_unknown": 0},
     }
     assert written["votes"]["votes"] == 27
-    assert len(written["pairs"]) == 3
+    assert len(written["pairs"]) == 5
     assert found.consensus == {"-1": 1, "0": 2, "+1": 2, "none": 4}
     manifest = read_manifest(out)
     assert (manifest.kind, manifest.status) == ("consensus", "finished")
