@@ -28,12 +28,12 @@ from benchmarks.throughput import machine_facts
 from labeling.collect import Collector, Plan
 from labeling.ledger import Ledger
 from labeling.strategies import Fixed
+from labeling.trajectories import TrajectoryFile
 from policy.optimize import OptimizeConfig, optimize
 from trajectory.atomic import atomic_path
 from trajectory.errors import InputError
 from trajectory.progress import progress
 from trajectory.records import Task
-from trajectory.store import JsonlWriter
 from trajectory.tracking import read_metrics
 
 _PHASES = ("rollout", "score", "update")
@@ -134,7 +134,7 @@ async def _collect(
         async with open_agent(config.agent, engine=engine) as agent:
             with (
                 Ledger(Path(folder) / "evidence.jsonl", completer="benchmark") as ledger,
-                JsonlWriter(Path(folder) / "trajectories.jsonl", fsync=True) as trajectories,
+                TrajectoryFile(Path(folder) / "trajectories.jsonl") as trajectories,
             ):
                 collector = Collector(agent, plan, ledger=ledger, trajectories=trajectories)
                 collector.prepare(tasks)

@@ -13,7 +13,6 @@ repeated once. Such ends are written only when what broke is seen working again
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -27,12 +26,13 @@ from labeling.jobs import Job, JobQueue
 from labeling.ledger import ATTEMPTS, Ledger, Rollout, State
 from labeling.states import SameState, state_digests
 from labeling.strategies import Strategy
+from labeling.trajectories import TrajectoryFile
 from labeling.work import Rounds, TaskWork
 from trajectory.errors import InputError
 from trajectory.progress import Progress
 from trajectory.records import Task, Trajectory
 from trajectory.seeds import derive_seed
-from trajectory.store import JsonlWriter, read_at, read_offsets
+from trajectory.store import JsonlWriter
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,8 +65,8 @@ class Collector:
         What to collect.
     ledger : Ledger
         Holds what was done before, and takes what is done now.
-    trajectories : JsonlWriter
-        Takes the trajectories that are sampled.
+    trajectories : TrajectoryFile
+        Those that are there, and takes those that are sampled.
     continuations : JsonlWriter, optional
         Takes the rollouts as trajectories.
     """
@@ -77,7 +77,7 @@ class Collector:
         plan: Plan,
         *,
         ledger: Ledger,
-        trajectories: JsonlWriter,
+        trajectories: TrajectoryFile,
         continuations: JsonlWriter | None = None,
     ) -> None:
         self._agent = agent
@@ -87,15 +87,12 @@ class Collector:
         self._continuations = continuations
         self._branches = Branches(agent)
         self._queue = JobQueue(has_budget=self.has_budget)
-        self._index: dict[str, array[int]] = {}
-        """Where each task's trajectories lie in their file."""
         self._unsampled: dict[str, int] = {}
         """Trajectories that a task with some still to come waits for."""
         self._active: dict[str, Rounds] = {}
         self._expected: dict[str, int] = {}
         """Rollouts expected per task known so far."""
         self._bar: Progress | None = None
-        self._trajectory_tokens = 0
         self._ended_well = 0
 
     def prepare(self, tasks: Sequence[Task]) -> None:
@@ -105,24 +102,15 @@ class Collector:
         ----------
         tasks : sequence of Task
             Tasks to sample trajectories for; none if all trajectories are given.
-
-        Raises
-        ------
-        InputError
-            If a line of the trajectory file is malformed or repeats an id.
         """
-        path = self._trajectories.path
-        sampled: set[str] = set()
-        for offset, trajectory in read_offsets(path, Trajectory):
-            if trajectory.trajectory_id in sampled:
-                raise InputError(f"{path} holds trajectory {trajectory.trajectory_id!r} twice")
-            sampled.add(trajectory.trajectory_id)
-            self._know(trajectory, offset)
-            self._plan_for(trajectory)
+        for trajectory in self._trajectories:
+            task_id = trajectory.task.task_id
+            states = len(open_prefixes(trajectory, self._agent.limits.max_steps))
+            before = self._expected.setdefault(task_id, self._plan.rollouts)
+            self._expected[task_id] = before + states * self._plan.rollouts
         for task in tasks:
             self._expected.setdefault(task.task_id, self._plan.rollouts)
-        given = [] if tasks else list(self._index)
-        self._queue.fill(self._sample(tasks, sampled) if tasks else self._measure(given))
+        self._queue.fill(self._sample(tasks) if tasks else self._measure())
 
     @property
     def planned(self) -> int:
@@ -138,9 +126,8 @@ class Collector:
         limit = self._plan.max_tokens
         if limit is None:
             return True
-        totals = self._ledger.totals
-        spent = totals.tokens + self._trajectory_tokens
-        ended = totals.rollouts + sum(len(lines) for lines in self._index.values())
+        spent = self._ledger.totals.tokens + self._trajectories.tokens
+        ended = self._ledger.totals.rollouts + len(self._trajectories)
         return spent + self._queue.num_alive * spent / max(1, ended) < limit
 
     async def run(self, *, concurrency: int, bar: Progress) -> None:
@@ -179,25 +166,18 @@ class Collector:
         await self._record(watch.rest(), bar)
         return self._queue.has_followers and self.has_budget()
 
-    def works(self) -> Iterator[TaskWork]:
-        """Yield the evidence of every task, one at a time, for the labels."""
-        for task_id in self._index:
-            work = self._work(task_id, None)
-            work.count_known(self._ledger.rollouts_of(task_id))
-            yield work
-
     # -- from tasks to jobs ------------------------------------------------------------------
 
-    def _sample(self, tasks: Sequence[Task], sampled: set[str]) -> Iterator[Job]:
+    def _sample(self, tasks: Sequence[Task]) -> Iterator[Job]:
         """Yield the missing trajectories of each task; measure it if none is missing."""
         for task in tasks:
             missing = []
             for sample in range(self._plan.samples):
                 trajectory_id = f"{task.task_id}/{sample}"
-                if trajectory_id not in sampled:
+                if trajectory_id not in self._trajectories:
                     missing.append((trajectory_id, sample))
             if not missing:
-                yield from self._begin(task.task_id, task)
+                yield from self._begin(task)
                 continue
             self._unsampled[task.task_id] = len(missing)
             for trajectory_id, sample in missing:
@@ -208,14 +188,20 @@ class Collector:
                     )
                 )
 
-    def _measure(self, task_ids: Sequence[str]) -> Iterator[Job]:
+    def _measure(self) -> Iterator[Job]:
         """Yield the rollouts of tasks whose trajectories are all there."""
-        for task_id in task_ids:
-            yield from self._begin(task_id, None)
+        for task_id in self._trajectories.task_ids:
+            yield from self._begin(self._trajectories.of_task(task_id)[0].task)
 
-    def _begin(self, task_id: str, task: Task | None) -> Iterator[Job]:
+    def _begin(self, task: Task) -> Iterator[Job]:
         """Yield the first rollouts of a task whose trajectories are all there."""
-        work = self._work(task_id, task)
+        task_id = task.task_id
+        work = TaskWork(
+            task,
+            self._trajectories.of_task(task_id),
+            max_steps=self._agent.limits.max_steps,
+            same=self._plan.same_state,
+        )
         rounds = Rounds(
             work,
             self._plan.strategy,
@@ -225,18 +211,6 @@ class Collector:
         self._active[task_id] = rounds
         self._expect(task_id, self._plan.rollouts * len(work.nodes))
         yield from self._round(rounds)
-
-    def _work(self, task_id: str, task: Task | None) -> TaskWork:
-        """Read the trajectories of a task back and lay out their states."""
-        found = list(read_at(self._trajectories.path, Trajectory, self._index.get(task_id, ())))
-        # File order is that in which they ended; which of them owns a shared state must not be.
-        found.sort(key=lambda t: (len(t.trajectory_id), t.trajectory_id))
-        return TaskWork(
-            task or found[0].task,
-            found,
-            max_steps=self._agent.limits.max_steps,
-            same=self._plan.same_state,
-        )
 
     def _round(self, rounds: Rounds) -> Iterator[Job]:
         """Yield the next round of a task; close the task if there is none."""
@@ -291,13 +265,13 @@ class Collector:
 
     def _record_trajectory(self, ended: Trajectory) -> None:
         """Write a sampled trajectory; the last one of its task starts the rollouts."""
-        self._know(ended, self._trajectories.append(ended))
+        self._trajectories.append(ended)
         task_id = ended.task.task_id
         self._unsampled[task_id] -= 1
         if self._unsampled[task_id]:
             return
         del self._unsampled[task_id]
-        self._follow(self._begin(task_id, ended.task))
+        self._follow(self._begin(ended.task))
 
     def _record_rollout(self, job: Job, index: int, ended: Trajectory, bar: Progress) -> None:
         """Write a rollout; the last one of its round asks for the next."""
@@ -318,23 +292,11 @@ class Collector:
         """Queue jobs ahead of the rest; what the iterator decides, it decides now."""
         self._queue.follow(iter(list(jobs)))
 
-    def _plan_for(self, trajectory: Trajectory) -> None:
-        """Expect the rollouts of a trajectory that is there already."""
-        task_id = trajectory.task.task_id
-        states = len(open_prefixes(trajectory, self._agent.limits.max_steps))
-        before = self._expected.setdefault(task_id, self._plan.rollouts)
-        self._expected[task_id] = before + states * self._plan.rollouts
-
     def _expect(self, task_id: str, rollouts: int) -> None:
         """Correct what the progress bar expects of a task."""
         if self._bar is not None:
             self._bar.grow(rollouts - self._expected.get(task_id, 0))
         self._expected[task_id] = rollouts
-
-    def _know(self, trajectory: Trajectory, offset: int) -> None:
-        """Remember where a trajectory lies, and what it cost."""
-        self._index.setdefault(trajectory.task.task_id, array("Q")).append(offset)
-        self._trajectory_tokens += trajectory.num_generated_tokens
 
     @staticmethod
     def _stop_if(verdict: str | None) -> None:

@@ -27,6 +27,7 @@ from labeling.estimators import STOPPED, label_steps
 from labeling.given import check_given, copy_given
 from labeling.ledger import Ledger
 from labeling.stopping import stopped
+from labeling.trajectories import TrajectoryFile, measured_tasks
 from labeling.work import TaskWork
 from trajectory.errors import InputError
 from trajectory.progress import progress
@@ -152,10 +153,13 @@ async def _label(
         stats = agent.engine.stats
         tokens, busy, started = stats.generated_tokens, stats.busy_seconds, time.monotonic()
         prompt, cached = stats.prompt_tokens, stats.cached_prompt_tokens
-        with Ledger(out / EVIDENCE, completer=_completer(agent)) as ledger:
-            collector = await _collect(config, tasks, agent, ledger, path)
+        with (
+            Ledger(out / EVIDENCE, completer=_completer(agent)) as ledger,
+            TrajectoryFile(path) as trajectories,
+        ):
+            await _collect(config, tasks, agent, ledger, trajectories)
             seconds = time.monotonic() - started
-            counts = freeze(config, ledger, collector.works(), out)
+            counts = freeze(config, ledger, trajectories, out)
     counts["cut_lines"] = cut + ledger.cut_lines
     counts["duplicate_lines"] = ledger.duplicates
     counts["trajectories_reencoded"] = dropped_ids
@@ -186,8 +190,12 @@ def _completer(agent: Agent) -> str:
 
 
 async def _collect(
-    config: LabelConfig, tasks: Sequence[Task], agent: Agent, ledger: Ledger, path: Path
-) -> Collector:
+    config: LabelConfig,
+    tasks: Sequence[Task],
+    agent: Agent,
+    ledger: Ledger,
+    trajectories: TrajectoryFile,
+) -> None:
     """Run every episode that is missing."""
     plan = Plan(
         strategy=config.decides,
@@ -199,8 +207,6 @@ async def _collect(
         max_tokens=config.max_tokens,
     )
     with ExitStack() as files:
-        # fsync: evidence on disk must never be about a trajectory that a power cut took away.
-        trajectories = files.enter_context(JsonlWriter(path, fsync=True))
         continuations = None
         if config.keep_continuations:
             kept = config.out / CONTINUATIONS
@@ -213,11 +219,10 @@ async def _collect(
         done = ledger.totals.rollouts
         with progress("rollouts", collector.planned, done=done) as bar:
             await collector.run(concurrency=config.agent.concurrency, bar=bar)
-    return collector
 
 
 def freeze(
-    config: LabelConfig, ledger: Ledger, works: Iterator[TaskWork], out: Path
+    config: LabelConfig, ledger: Ledger, trajectories: TrajectoryFile, out: Path
 ) -> dict[str, int]:
     """Write the labels of all trajectories.
 
@@ -226,11 +231,11 @@ def freeze(
     config : LabelConfig
         Which estimator, limits and sampling.
     ledger : Ledger
-        All evidence, for the totals.
-    works : iterator of TaskWork
-        The tasks with their evidence, see `Collector.works`.
+        All evidence.
+    trajectories : TrajectoryFile
+        All trajectories.
     out : Path
-        Folder of trajectories.jsonl; takes labels.parquet.
+        Folder that takes labels.parquet.
 
     Returns
     -------
@@ -241,7 +246,9 @@ def freeze(
     counts |= {"labelled": 0, "values": 0, "values_unknown": 0, "reused": 0, "abandoned": 0}
 
     def rows() -> Iterator[LabelledTrajectory]:
-        for work in works:
+        for work in measured_tasks(
+            trajectories, ledger, max_steps=config.agent.max_steps, same=config.same_state
+        ):
             counts["trajectories_failed"] += work.num_failed
             counts["trajectories"] += work.num_failed + len(work.trajectories)
             counts["reused"] += sum(node.reused.rollouts for node in work.nodes)

@@ -27,8 +27,9 @@ def start(lab):
 
     def start(out, errors):
         flags = f"--tasks {lab}/tasks.jsonl --policy {lab}/policy --out {out} --rollouts 4"
-        limits = "--same-state never --samples 2 --concurrency 16 --max-steps 6 --max-turn-tokens 200"
-        arguments = (0.3, [*flags.split(), *limits.split()], errors)
+        plan = "--same-state never --samples 2 --concurrency 16"
+        limits = "--max-steps 6 --max-turn-tokens 200"
+        arguments = (0.3, f"{flags} {plan} {limits}".split(), errors)
         process = context.Process(target=walker.command, args=arguments)
         process.start()
         return process
