@@ -11,6 +11,16 @@ COMMANDS = {
         function="labeling.run:label",
         help="Roll the policy out from every step and turn the counts into labels.",
     ),
+    "judge": Command(
+        config_class="labeling.judge_run:JudgeConfig",
+        function="labeling.judge_run:judge",
+        help="Ask a language model whether each step was good, neutral or bad.",
+    ),
+    "consensus": Command(
+        config_class="labeling.consensus_run:ConsensusConfig",
+        function="labeling.consensus_run:consensus",
+        help="Keep the labels on which rollouts, judge and execution agree, and report the rest.",
+    ),
     "train": Command(
         config_class="prm.train:TrainConfig",
         function="prm.train:train",
