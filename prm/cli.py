@@ -1,4 +1,4 @@
-"""The ``prm`` command: label, train, score, evaluate."""
+"""The ``prm`` command: label, train, score, evaluate, view."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from trajectory.command import main as run_command
 
 COMMANDS = {
     "label": Command(
-        config_class="labeling.run:LabelConfig",
+        config_class="labeling.config:LabelConfig",
         function="labeling.run:label",
         help="Roll the policy out from every step and turn the counts into labels.",
+    ),
+    "merge": Command(
+        config_class="labeling.merge:MergeConfig",
+        function="labeling.merge:merge",
+        help="Join the parts of a labelling run that was split with --shard.",
     ),
     "judge": Command(
         config_class="labeling.judge_run:JudgeConfig",
@@ -35,6 +40,11 @@ COMMANDS = {
         config_class="prm.evaluate:EvaluateConfig",
         function="prm.evaluate:evaluate",
         help="Measure a process reward model on held-out tasks.",
+    ),
+    "view": Command(
+        config_class="labeling.view:ViewConfig",
+        function="labeling.view:view",
+        help="Make a page to read labelled trajectories with, in any browser.",
     ),
 }
 
