@@ -31,7 +31,7 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(BIN)/mypy
 
-unit: $(VENV)/.test
+unit: $(VENV)/.test $(VENV)/.browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 clean:
@@ -67,4 +67,20 @@ $(VENV)/.test: $(VENV)/.demo
 	@echo "installing the test tools: $(EXTRAS) (once; some minutes)"
 	$(INSTALL) -e '.[$(EXTRAS)]' -c constraints.txt
 	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null
+	@touch $@
+
+# The tests of the page that `prm view` makes need a Chromium: one that is here already, else
+# playwright's own, else (as root on Debian) the system's. Without any they are skipped.
+$(VENV)/.browser: | $(VENV)/.test
+	@if command -v chromium || command -v chromium-browser || command -v google-chrome; then \
+	    :; \
+	elif echo "installing Chromium for the tests of the page (once)" >&2; \
+	    $(BIN)/python -m playwright install chromium; then \
+	    :; \
+	elif [ "$$(id -u)" = 0 ] && apt-get update -qq \
+	    && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium; \
+	    then :; \
+	else \
+	    echo "no Chromium can be had here: the tests of the page are skipped" >&2; \
+	fi >/dev/null
 	@touch $@
