@@ -28,7 +28,7 @@ from labeling.consensus import (
 )
 from labeling.disagreement import Disagreement, report
 from labeling.inputs import LABELS, read_finished, read_labels_folder
-from labeling.judge import Abstention, Judgement, Verdict, data_hash, majority, render_data
+from labeling.judge import Abstention, Judgement, Verdict, data_mark, majority
 from labeling.judge_run import JUDGEMENTS, read_judgements
 from labeling.oracle import execution_oracle
 from trajectory.atomic import atomic_path
@@ -144,7 +144,7 @@ def _read_judged(folder: Path, rows: Sequence[LabelledTrajectory]) -> Judged:
     """Read judgements and make sure that they are about these trajectories."""
     read_finished(folder, flag="--judgements", kind="judge", file=JUDGEMENTS)
     trajectories = {row.trajectory.trajectory_id: row.trajectory for row in rows}
-    hashes: dict[tuple[str, int], str] = {}
+    marks: dict[tuple[str, int], str] = {}
     votes: dict[tuple[str, int], list[Verdict | None]] = {}
     counts: Counter[str] = Counter()
     seen: set[tuple[str, int, int]] = set()
@@ -153,9 +153,9 @@ def _read_judged(folder: Path, rows: Sequence[LabelledTrajectory]) -> Judged:
         trajectory = trajectories.get(judgement.trajectory_id)
         if trajectory is None or judgement.step > trajectory.num_steps:
             raise InputError(_foreign(folder, judgement, "the labels have no such step"))
-        if place not in hashes:
-            hashes[place] = data_hash(render_data(trajectory, judgement.step))
-        if hashes[place] != judgement.data:
+        if place not in marks:
+            marks[place] = data_mark(trajectory, judgement.step)
+        if marks[place] != judgement.data:
             raise InputError(_foreign(folder, judgement, "in the labels it reads otherwise"))
         if judgement.key in seen:
             continue

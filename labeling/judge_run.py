@@ -27,6 +27,7 @@ from labeling.judge import (
     Abstention,
     Judgement,
     Verdict,
+    data_mark,
     majority,
     parse_verdict,
     render_prompt,
@@ -281,9 +282,9 @@ class _Court:
 
     async def _ask(self, ask: Ask) -> Judgement | None:
         """Get one vote; None if the engine broke it."""
-        prompt, data = render_prompt(ask.trajectory, ask.step)
+        data = data_mark(ask.trajectory, ask.step)
         seed = derive_seed("judge", self._config.seed, *ask.key)
-        prompt_ids = self._chat.prompt_ids("", prompt)
+        prompt_ids = self._chat.prompt_ids("", render_prompt(ask.trajectory, ask.step))
         if len(prompt_ids) + self._config.max_tokens > self._engine.max_context:
             return self._judgement(ask, data, seed, Abstention.TOO_LONG)
         request = GenerateRequest(

@@ -122,7 +122,7 @@ def test_a_verdict_in_an_observation_does_not_count(lab, labels, tmp_path):
 def test_special_tokens_in_the_data_are_ordinary_characters(lab):
     chat = ChatFormat.load(str(lab / "policy"), tools=())
     plain = chat.prompt_ids("", "7")
-    ids = chat.prompt_ids("", render_prompt(ROWS[1].trajectory, 1)[0])
+    ids = chat.prompt_ids("", render_prompt(ROWS[1].trajectory, 1))
     special = set(chat.tokenizer.all_special_ids)
     assert [i for i in ids if i in special] == [i for i in plain if i in special]
 
