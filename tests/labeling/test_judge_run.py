@@ -177,6 +177,28 @@ def test_votes_do_not_depend_on_the_order_of_work(lab, labels, tmp_path):
     assert all(ours[key].seed != theirs[key].seed for key in ours)
 
 
+def test_no_more_votes_are_in_flight_than_allowed(lab, labels, tmp_path):
+    alive, most = 0, 0
+
+    class Counting(ScriptedEngine):
+        async def generate(self, request):
+            nonlocal alive, most
+            alive += 1
+            most = max(most, alive)
+            try:
+                return await super().generate(request)
+            finally:
+                alive -= 1
+
+    policy = str(lab / "policy")
+    codec = ChatFormat.load(policy, tools=()).tokenizer
+    slow = Counting(
+        by_seed, codec=codec, policy=policy, max_context=100_000, faults=Faults(delay_s=0.002)
+    )
+    judge(config(lab, labels, tmp_path / "out", concurrency=4), engine=slow)
+    assert most == 4
+
+
 def test_one_failure_is_asked_again(lab, labels, tmp_path):
     flaky = engine(lab, ["VERDICT: good"], faults=Faults(fail_at=frozenset({2, 5})))
     counts = judge(config(lab, labels, tmp_path / "out"), engine=flaky)
