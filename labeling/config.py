@@ -53,6 +53,9 @@ class LabelConfig:
     """Trajectories sampled per task."""
     trajectories: Path | None = None
     """Label the trajectories of this .jsonl file instead of sampling some."""
+    observations: Literal["executed", "recorded"] = "executed"
+    """Whether tools that change the world are refused, or answered from the record of
+    --trajectories; a rollout that makes a call nobody recorded then counts for nothing."""
     estimator: str = "soft"
     """How counts become values: hard, soft, smoothed, ratio or stopped."""
     level: float = 0.9

@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,12 +20,13 @@ from agent.episode import Agent
 from agent.setup import load_tasks, open_agent, sandbox_of
 from agent.tasks import parse_tasks
 from agent.tools import build_tools, check_tasks
-from agent.tools.base import SideEffect
+from agent.tools.base import SideEffect, Tool
 from labeling.collect import Collector, Plan
 from labeling.config import LabelConfig, parse_shard
 from labeling.estimators import STOPPED, label_steps
 from labeling.given import check_given, copy_given
 from labeling.ledger import Ledger
+from labeling.recorded import RecordedTool, recordings
 from labeling.stopping import stopped
 from labeling.trajectories import TrajectoryFile, measured_tasks
 from labeling.work import TaskWork
@@ -143,8 +144,8 @@ async def _label(
 ) -> LabelReport:
     """Collect what is missing and freeze the labels."""
     out = run.path
-    async with open_agent(config.agent, engine=engine, run=run) as agent:
-        _refuse_irreversible(agent)
+    async with open_agent(config.agent, engine=engine, run=run) as acting:
+        agent = _repeatable(acting, config)
         path = out / TRAJECTORIES
         cut = repair_tail(path)
         dropped_ids = 0
@@ -173,14 +174,25 @@ async def _label(
     )
 
 
-def _refuse_irreversible(agent: Agent) -> None:
-    """Refuse tools whose calls cannot be repeated from a restored state."""
+def _repeatable(agent: Agent, config: LabelConfig) -> Agent:
+    """Refuse tools whose calls cannot be repeated, or have them answered from the record."""
     names = [tool.name for tool in agent.tools if tool.effect is SideEffect.IRREVERSIBLE]
-    if names:
+    if not names:
+        return agent
+    if config.observations == "executed" or config.trajectories is None:
         raise InputError(
             f"tools {', '.join(names)} change the world outside, so no state can be restored to "
-            "continue from: leave them out of --tools"
+            "continue from: leave them out of --tools, or label recorded --trajectories with "
+            "--observations recorded"
         )
+    tools: list[Tool] = []
+    for tool in agent.tools:
+        if tool.name in names:
+            given = read_jsonl(config.trajectories, Trajectory)
+            tools.append(RecordedTool(tool, recordings(given, tool.name)))
+        else:
+            tools.append(tool)
+    return replace(agent, tools=tuple(tools))
 
 
 def _completer(agent: Agent) -> str:

@@ -27,8 +27,18 @@ def canonical_call(call: ToolCall) -> str:
         value = json.loads(call.arguments)
     except ValueError:
         return f"{call.name}{call.arguments}"
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return f"{call.name}{text}"
+    return f"{call.name}{canonical_arguments(value)}"
+
+
+def canonical_arguments(arguments: object) -> str:
+    """Return one text for all ways to write the arguments of a call.
+
+    Examples
+    --------
+    >>> canonical_arguments({"b": 1, "a": [2.0]})
+    '{"a":[2.0],"b":1}'
+    """
+    return json.dumps(arguments, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def state_digests(task_id: str, steps: Sequence[Step], same: SameState = "text") -> tuple[str, ...]:

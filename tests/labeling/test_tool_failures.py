@@ -1,5 +1,6 @@
 """Labelling with tools whose infrastructure breaks."""
 
+import shutil
 from collections import Counter
 
 import pytest
@@ -117,6 +118,20 @@ def test_a_last_rollout_that_always_fails_does_not_keep_a_run_from_finishing(run
     report = run(lambda task: True, rollouts=4)
     assert report.counts["rollouts"] == finished.counts["rollouts"]
     assert report.counts["failed"] > 0
+
+
+def test_tools_that_change_the_world_can_be_answered_from_the_record(run, tmp_path):
+    run(lambda task: False)
+    given = tmp_path / "given.jsonl"
+    (tmp_path / "labels" / "trajectories.jsonl").rename(given)
+    shutil.rmtree(tmp_path / "labels")
+    settings = {"trajectories": given, "observations": "recorded", "samples": 1}
+    report = run(lambda task: True, effect=SideEffect.IRREVERSIBLE, **settings)
+    lines = rollouts(tmp_path)
+    assert report.counts["labelled"] == 12
+    assert 0 < report.counts["failed"] < report.counts["rollouts"]  # t has 1+1 and 1+2, or not
+    failures = {r.failure for r in lines if r.stop is StopReason.TOOL_FAILURE}
+    assert failures == {"no call of calculator with these arguments was recorded for the task"}
 
 
 def test_tools_that_change_the_world_are_refused(run):
