@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from tyro.conf import Positional
 
+from labeling.inputs import LABELS
 from labeling.view_page import data_uri, summarise, write_page
 from trajectory.atomic import atomic_path
 from trajectory.errors import InputError
@@ -17,8 +18,8 @@ from trajectory.records import JsonValue, LabelledTrajectory, StepScores
 from trajectory.run import MANIFEST, Manifest, read_manifest
 from trajectory.store import read_jsonl, read_labels
 
-LABELS = "labels.parquet"
-"""In the folder; nothing else of the labelling command is needed here, so it is not imported."""
+_KINDS = ("label", "consensus")
+"""Kinds of folders that hold labels."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _HEAVY = 100_000_000
@@ -30,7 +31,7 @@ class ViewConfig:
     """Make a page that shows labelled trajectories, their values and what they cost."""
 
     labels: Positional[Path]
-    """Folder that `prm label` wrote."""
+    """Folder that `prm label` or `prm consensus` wrote."""
     out: Path
     """HTML file to write; it needs no network and no other file."""
     scores: Path | None = None
@@ -107,17 +108,17 @@ def _manifest_of(folder: Path) -> Manifest | None:
         what = "is a file" if folder.exists() else "does not exist"
         raise InputError(f"{folder} {what}: give the folder that `prm label --out DIR` wrote")
     manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
-    if manifest is not None and manifest.kind != "label":
+    if manifest is not None and manifest.kind not in _KINDS:
         raise InputError(
             f"{folder} is a folder of kind {manifest.kind!r}: `prm view` shows folders that "
-            "`prm label` wrote"
+            "`prm label` or `prm consensus` wrote"
         )
     if not (folder / LABELS).is_file():
         if manifest is None:
             raise InputError(f"{folder} holds no {LABELS}: `prm label --out DIR` writes one")
         raise InputError(
             f"{folder} holds no {LABELS} yet, its run is {manifest.status}: run the same "
-            "`prm label` command again to finish it"
+            f"`prm {manifest.kind}` command again to finish it"
         )
     return manifest
 
@@ -167,6 +168,7 @@ def _made(manifest: Manifest | None, rows: Sequence[LabelledTrajectory]) -> str:
     agent = manifest.config.get("agent")
     for source, key, text in (
         (agent, "tasks", "tasks {}"),
+        (manifest.config, "strategy", "strategy {}"),
         (manifest.config, "rollouts", "rollouts per state: {}"),
         (manifest.config, "level", "interval level {}"),
         (manifest.config, "truncated", "cut-off rollouts: {}"),
@@ -200,6 +202,11 @@ def _notes(
         return notes
     if manifest.status != "finished":
         notes.append(f"The labelling run is {manifest.status}, not finished.")
+    if manifest.kind == "consensus":
+        notes.append(
+            "Labels of `prm consensus`: values are unknown where its sources reach no verdict, and "
+            "what the rollouts cost stands with the labels that it was made from."
+        )
     failed = manifest.counts.get("trajectories_failed", 0)
     if failed:
         notes.append(

@@ -66,8 +66,9 @@ def index_entry(row: LabelledTrajectory, scores: StepScores | None = None) -> di
         ``i`` trajectory id, ``k`` task id, ``q`` prompt, ``o`` outcome in words, ``y`` the
         verdict, ``s`` stop reason, ``a`` answer, ``g`` gold answer, ``e`` observations that are
         errors; per prefix 0..S: ``v`` value, ``l`` and ``h`` its interval (null where unknown),
-        ``n`` rollouts and among them ``c`` right, ``u`` cut off, ``f`` failed; ``p`` the reward
-        model's scores, or null. Values are rounded to four decimals.
+        ``n`` rollouts and among them ``c`` right, ``u`` cut off, ``f`` failed; ``w`` those that
+        began at an earlier prefix, ``p`` the reward model's scores, or null. Values are rounded to
+        four decimals.
     """
     run, evidence, labels = row.trajectory, row.evidence, row.labels
     return {
@@ -87,6 +88,7 @@ def index_entry(row: LabelledTrajectory, scores: StepScores | None = None) -> di
         "c": list(evidence.correct),
         "u": list(evidence.truncated),
         "f": list(evidence.failed),
+        "w": list(evidence.reused) or None,
         "p": None if scores is None else _rounded(scores.values),
     }
 

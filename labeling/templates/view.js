@@ -257,6 +257,7 @@
     add("counts", row.n[t] ? `${row.c[t]}/${row.n[t]} right` : "no rollouts");
     if (row.u[t]) add("", `${row.u[t]} cut off`);
     if (row.f[t]) add("", `${row.f[t]} failed`);
+    if (row.w && row.w[t]) add("muted", `${row.w[t]} came through it`);
     if (t && row.v[t] !== null && row.v[t - 1] !== null) {
       const by = row.v[t] - row.v[t - 1];
       add(by < 0 ? "delta-down" : by > 0 ? "delta-up" : "", `Δ ${by === 0 ? "0" : signed(by)}`);

@@ -86,6 +86,9 @@ def test_an_entry_holds_values_intervals_and_counts_of_every_prefix():
     assert entry["l"] == [None, 0.0235, 0.9]
     assert entry["n"] == [4, 4, 4]
     assert (entry["c"], entry["u"], entry["f"]) == ([0, 0, 4], [0, 0, 0], [4, 0, 0])
+    assert entry["w"] is None
+    reused = replace(row, evidence=replace(row.evidence, reused=(0, 1, 2)))
+    assert index_entry(reused)["w"] == [0, 1, 2]
     assert entry["p"] == [0.0, 0.3333, 0.6667]
     assert index_entry(row)["p"] is None
 
@@ -168,6 +171,17 @@ def test_trajectories_without_labels_are_mentioned(tmp_path):
         run.finish({"trajectories_failed": 3, "rollouts": 40, "tokens": 5000})
     page, _ = page_of(folder, tmp_path)
     assert page.summary["notes"][0].startswith("3 trajectories that broken infrastructure ended")
+
+
+def test_labels_of_a_consensus_are_shown_and_say_what_unknown_means(tmp_path):
+    folder = tmp_path / "labels"
+    with open_run(folder, kind="consensus", config={}) as run:
+        folder_of(folder, small_rows())
+        run.finish({"trajectories": 4})
+    page, _ = page_of(folder, tmp_path)
+    assert len(page.index) == 4
+    assert "no verdict" in page.summary["notes"][0]
+    assert dict(page.summary["cost"])["rollouts"] == "unknown"
 
 
 def test_limit_leaves_out_trajectories_and_says_so(tmp_path, capsys):
