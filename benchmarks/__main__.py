@@ -13,6 +13,11 @@ COMMANDS = {
         "benchmarks.busy:feeding",
         "how busy labelling keeps its engine, and what an optimization step takes",
     ),
+    "labels": Command(
+        "benchmarks.labels:LabelStudyConfig",
+        "benchmarks.labels:study",
+        "label error against tokens, for every strategy and estimator",
+    ),
     "demo": Command(
         "benchmarks.demo:DemoConfig",
         "benchmarks.demo:report",

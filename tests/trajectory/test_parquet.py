@@ -94,13 +94,19 @@ def rewrite(path, change, version="1.0"):
 def test_another_major_version_is_refused(tmp_path):
     path = tmp_path / "l.parquet"
     rewrite(path, lambda table: table, version="2.0")
-    with pytest.raises(InputError, match=r"has labels schema 2\.0, this version reads 1\.0"):
+    with pytest.raises(InputError, match=r"has labels schema 2\.0, this version reads 1\.1"):
         read_labels(path)
 
 
 def test_another_minor_version_is_read(tmp_path):
     path = tmp_path / "l.parquet"
     rewrite(path, lambda table: table, version="1.7")
+    assert read_labels(path) == [make_labelled()]
+
+
+def test_files_from_before_reuse_was_counted_are_read(tmp_path):
+    path = tmp_path / "l.parquet"
+    rewrite(path, lambda table: table.drop_columns(["reused"]), version="1.0")
     assert read_labels(path) == [make_labelled()]
 
 
