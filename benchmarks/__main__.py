@@ -18,6 +18,16 @@ COMMANDS = {
         "benchmarks.labels:study",
         "label error against tokens, for every strategy and estimator",
     ),
+    "kills": Command(
+        "benchmarks.kills:KillsConfig",
+        "benchmarks.kills:kills",
+        "labelling runs killed at random moments, resumed, and compared",
+    ),
+    "branching": Command(
+        "benchmarks.branching:BranchingConfig",
+        "benchmarks.branching:branching",
+        "restoring a tool state by branching, beside replaying it",
+    ),
     "demo": Command(
         "benchmarks.demo:DemoConfig",
         "benchmarks.demo:report",
