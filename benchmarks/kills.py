@@ -1,4 +1,4 @@
-"""``python -m benchmarks kills``: labelling runs killed at random moments, resumed, and compared."""
+"""``python -m benchmarks kills``: labelling killed at random moments, resumed, and compared."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def kills(config: KillsConfig) -> dict[str, object]:
 def _start(config: KillsConfig, strategy: str, out: Path) -> subprocess.Popen[bytes]:
     """Start a labelling run in a process of its own."""
     flags = f"--tasks arithmetic --num-tasks {config.num_tasks} --rollouts {config.rollouts}"
-    return subprocess.Popen(
+    return subprocess.Popen(  # noqa: S603
         [
             *(sys.executable, "-m", "prm.cli", "label", *flags.split()),
             *("--policy", str(config.policy), "--strategy", strategy, "--max-context", "512"),

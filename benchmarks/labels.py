@@ -76,7 +76,7 @@ def study(config: LabelStudyConfig) -> dict[str, object]:
     states = sum(len(pool.truth) for pool in pools)
     noise = fmean(truth.variance for pool in pools for truth in pool.truth.values())
     rows = []
-    arms = list(_arms())
+    arms = list(_arms(config.drawable))
     with progress("arms", len(arms)) as bar:
         for arm in arms:
             rows += _measure(arm, pools, config, noise)
@@ -121,17 +121,18 @@ def _load(config: LabelStudyConfig) -> list[TaskPool]:
     )
 
 
-def _arms() -> Iterator[Arm]:
-    """Yield every arm at every budget it can have in the pool."""
+def _arms(drawable: int) -> Iterator[Arm]:
+    """Yield every arm at every budget that the pool is large enough for."""
+    budgets = [k for k in BUDGETS if 4 * k <= drawable]
     sharing: Sequence[tuple[SameState, str]] = (("never", ""), ("text", ", reuse"))
     for same, suffix in sharing:
-        for k in BUDGETS:
+        for k in budgets:
             yield Arm(f"fixed{suffix}", Fixed(rollouts=k), same, k)
-        for k in BUDGETS:
+        for k in budgets:
             adaptive = Adaptive(rollouts=k, most=4 * k, batch=max(1, min(4, k // 2)), width=0.0)
             yield Arm(f"adaptive{suffix}", adaptive, same, k)
     for width in (0.6, 0.4, 0.3, 0.2):
-        alone = Adaptive(rollouts=1, most=128, batch=4, width=width, pooled=False)
+        alone = Adaptive(rollouts=1, most=min(128, drawable), batch=4, width=width, pooled=False)
         yield Arm(f"adaptive, each state to width {width}", alone, "never", 0)
 
 
@@ -198,12 +199,13 @@ def _costs(rows: Sequence[Mapping[str, object]]) -> dict[str, float | None]:
         return [float(str(r["tokens"])) for r in points], [float(str(r["rmse"])) for r in points]
 
     tokens, errors = curve("fixed", "soft")
-    place = BUDGETS.index(REFERENCE)
-    goal, full = errors[place], tokens[place]
+    if len(tokens) <= BUDGETS.index(REFERENCE):
+        return {}
+    goal, full = errors[BUDGETS.index(REFERENCE)], tokens[BUDGETS.index(REFERENCE)]
     costs: dict[str, float | None] = {}
     for arm, estimator in dict.fromkeys((r["arm"], r["estimator"]) for r in rows):
         spent, missed = curve(arm, estimator)
-        if len(spent) < len(BUDGETS) or min(missed) > goal or max(missed) < goal:
+        if len(spent) < len(tokens) or min(missed) > goal or max(missed) < goal:
             costs[f"{arm} ({estimator})"] = None
             continue
         # Errors fall with tokens along a straight line in logarithms.
