@@ -105,7 +105,9 @@ def _load(config: LabelStudyConfig) -> list[TaskPool]:
     """Read the pool."""
     manifest = read_manifest(config.pool)
     settings = manifest.config
-    if manifest.kind != "label" or settings.get("strategy") != "fixed":
+    plan = settings.get("plan")
+    fixed = isinstance(plan, Mapping) and plan.get("strategy") == "fixed"
+    if manifest.kind != "label" or not fixed:
         raise InputError(f"{config.pool} is not a run of `prm label --strategy fixed`")
     if config.seeds < 1 or config.drawable < 1:
         raise InputError("--seeds and --drawable must be >= 1")

@@ -15,19 +15,12 @@ from trajectory.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelConfig:
-    """Measure the value of every intermediate state of trajectories by Monte-Carlo rollouts."""
+class StrategyConfig:
+    """How rollouts are spread over states; see `labeling.strategies`."""
 
-    agent: AgentConfig
-    """Who samples and continues the trajectories."""
-    out: Path
-    """Folder for trajectories.jsonl, evidence.jsonl, labels.parquet and manifest.json."""
     strategy: Literal["fixed", "adaptive", "bisect"] = "fixed"
     """fixed: the same number of rollouts for every state. adaptive: where they teach most, until
     the value is known well enough. bisect: search the first step that cannot be recovered from."""
-    rollouts: int = 8
-    """Continuations per state: of each (fixed), on average (adaptive), failures after which it
-    counts as lost (bisect)."""
     width: float = 0.2
     """adaptive: a credible interval this narrow decides a state."""
     threshold: float | None = None
@@ -40,6 +33,29 @@ class LabelConfig:
     """adaptive: states of a task share its rollouts; if not, each goes on until it is decided."""
     probe: bool = True
     """bisect: check a state behind the found step, because agents recover."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.width < 1:
+            raise InputError(f"--width must be in [0, 1), not {self.width}")
+        if self.threshold is not None and not 0 < self.threshold < 1:
+            raise InputError(f"--threshold must be in (0, 1), not {self.threshold}")
+        if self.batch < 1:
+            raise InputError(f"--batch must be >= 1, not {self.batch}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelConfig:
+    """Measure the value of every intermediate state of trajectories by Monte-Carlo rollouts."""
+
+    agent: AgentConfig
+    """Who samples and continues the trajectories."""
+    out: Path
+    """Folder for trajectories.jsonl, evidence.jsonl, labels.parquet and manifest.json."""
+    plan: StrategyConfig = StrategyConfig()
+    """How rollouts are spread over states."""
+    rollouts: int = 8
+    """Continuations per state: of each (fixed), on average (adaptive), failures after which it
+    counts as lost (bisect)."""
     same_state: SameState = "text"
     """When a continuation counts for a later state too: it came through the same turns and
     observations (text), the same calls and observations (calls), or never."""
@@ -78,7 +94,7 @@ class LabelConfig:
             raise InputError(
                 f"unknown estimator {self.estimator!r}: choose from {', '.join(ALL_ESTIMATORS)}"
             )
-        self._check_strategy()
+        self._check_plan()
         if self.trajectories is not None and (
             self.samples != 1 or self.agent.num_tasks is not None or self.agent.first_task
         ):
@@ -87,20 +103,15 @@ class LabelConfig:
                 "do not apply: leave them out"
             )
 
-    def _check_strategy(self) -> None:
+    def _check_plan(self) -> None:
         """Refuse settings that do not go together."""
-        if not 0 <= self.width < 1:
-            raise InputError(f"--width must be in [0, 1), not {self.width}")
-        if self.threshold is not None and not 0 < self.threshold < 1:
-            raise InputError(f"--threshold must be in (0, 1), not {self.threshold}")
-        if self.batch < 1:
-            raise InputError(f"--batch must be >= 1, not {self.batch}")
-        if self.max_rollouts is not None and self.max_rollouts < self.rollouts:
+        most = self.plan.max_rollouts
+        if most is not None and most < self.rollouts:
             raise InputError("--max-rollouts must be at least --rollouts")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise InputError("--max-tokens must be >= 1")
         parse_shard(self.shard)
-        local = self.strategy != "adaptive" or not self.pool_budget
+        local = self.plan.strategy != "adaptive" or not self.plan.pool_budget
         if self.estimator == STOPPED and not (local and self.same_state == "never"):
             raise InputError(
                 "the estimator 'stopped' is unbiased only if a state's rollouts stop by its own "
@@ -110,26 +121,27 @@ class LabelConfig:
     @property
     def stopping_rule(self) -> StoppingRule:
         """Why the rollouts of a state stop, from nothing but their own results."""
-        strategy = self.decides
+        strategy = self.strategy
         if isinstance(strategy, Fixed):
             return StoppingRule(goes_on=lambda n, c: True, batch=self.rollouts)
         return StoppingRule(goes_on=strategy.goes_on, batch=strategy.batch)
 
     @property
-    def decides(self) -> Fixed | Adaptive | Bisect:
+    def strategy(self) -> Fixed | Adaptive | Bisect:
         """The strategy with its settings."""
-        if self.strategy == "fixed":
+        plan = self.plan
+        if plan.strategy == "fixed":
             return Fixed(rollouts=self.rollouts)
-        if self.strategy == "bisect":
-            return Bisect(rollouts=self.rollouts, batch=self.batch, probe=self.probe)
+        if plan.strategy == "bisect":
+            return Bisect(rollouts=self.rollouts, batch=plan.batch, probe=plan.probe)
         return Adaptive(
             rollouts=self.rollouts,
-            most=self.max_rollouts or 4 * self.rollouts,
-            batch=self.batch,
-            width=self.width,
-            threshold=self.threshold,
+            most=plan.max_rollouts or 4 * self.rollouts,
+            batch=plan.batch,
+            width=plan.width,
+            threshold=plan.threshold,
             level=self.level,
-            pooled=self.pool_budget,
+            pooled=plan.pool_budget,
         )
 
 

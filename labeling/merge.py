@@ -11,7 +11,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from agent.setup import AgentConfig
-from labeling.config import LabelConfig, parse_shard
+from labeling.config import LabelConfig, StrategyConfig, parse_shard
 from labeling.ledger import Ledger, Rollout
 from labeling.run import EVIDENCE, TRAJECTORIES, freeze
 from labeling.trajectories import TrajectoryFile
@@ -99,6 +99,7 @@ def label_config(settings: dict[str, Any], *, out: Path) -> LabelConfig:
     rest = {name: value for name, value in settings.items() if name not in ("agent", "shard")}
     given = rest.get("trajectories")
     rest |= {"out": out, "trajectories": None if given is None else Path(given)}
+    rest["plan"] = StrategyConfig(**settings["plan"])
     known = {f.name for f in fields(LabelConfig)}
     unknown = sorted(set(rest) - known)
     if unknown:

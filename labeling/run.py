@@ -210,7 +210,7 @@ async def _collect(
 ) -> None:
     """Run every episode that is missing."""
     plan = Plan(
-        strategy=config.decides,
+        strategy=config.strategy,
         rollouts=config.rollouts,
         samples=config.samples,
         seed=config.seed,

@@ -1,8 +1,9 @@
 """Making and reading the folders of labelling runs."""
 
+import dataclasses
 from dataclasses import replace
 
-from labeling.config import LabelConfig
+from labeling.config import LabelConfig, StrategyConfig
 from labeling.ledger import Rollout
 from tests.labeling.walker import agent_config
 from trajectory.records import Trajectory
@@ -17,7 +18,10 @@ def config(lab, out, *, agent=None, **changes):
         "rollouts": 4,
         "same_state": "never",
     }
-    return LabelConfig(**(fields | changes))
+    settings = fields | changes
+    names = {f.name for f in dataclasses.fields(StrategyConfig)} & settings.keys()
+    plan = StrategyConfig(**{name: settings.pop(name) for name in names})
+    return LabelConfig(plan=plan, **settings)
 
 
 def evidence(out):
