@@ -249,6 +249,7 @@ async def _interact(
                 seed=derive_seed("turn", spec.seed, len(steps)),
                 stop_ids=agent.chat.stop_ids,
                 stop_when=agent.chat.call_complete if spoken_code else None,
+                affinity=spec.task.task_id,
             )
         )
         text = agent.chat.decode(generation.token_ids)

@@ -38,7 +38,7 @@ class AgentConfig:
     tools: tuple[str, ...] = ()
     """Tools on offer; the domain's own when not given."""
     engine: str = "transformers"
-    """Generation engine: transformers or vllm."""
+    """Generation engine: transformers, vllm or http:URL[,URL...] (vLLM servers)."""
     chat_format: ChatKind = "auto"
     """The tokenizer's own template, or the built-in chatml."""
     system_prompt: str | None = None

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from agent.engines import ENGINES
+from agent.engines import check_engine
 from agent.engines.base import Engine
 from agent.episode import Agent
 from agent.setup import load_tasks, open_agent, sandbox_of
@@ -105,10 +105,7 @@ def _check_inputs(config: LabelConfig) -> list[Task]:
     domain = parse_tasks(config.agent.tasks, sandbox)
     tools = config.agent.tools or domain.default_tools
     build_tools(tools, sandbox)
-    if config.agent.engine not in ENGINES:
-        raise InputError(
-            f"unknown engine {config.agent.engine!r}: choose one of {', '.join(ENGINES)}"
-        )
+    check_engine(config.agent.engine)
     if config.trajectories is not None:
         check_given(config.trajectories, domain.name)
         given = read_jsonl(config.trajectories, Trajectory)

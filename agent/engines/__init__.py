@@ -8,11 +8,14 @@ run over the table.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from agent.engines.base import Engine, EngineOptions
+from agent.engines.checks import check_options
+from agent.engines.servers import parse_servers
 from trajectory.errors import InputError
 
-__all__ = ["ENGINES", "build_engine"]
+__all__ = ["ENGINES", "build_engine", "check_engine"]
 
 
 def _transformers(options: EngineOptions) -> Engine:
@@ -33,12 +36,42 @@ def _scripted(options: EngineOptions) -> Engine:
     return ScriptedEngine.from_options(options)
 
 
+def _http(options: EngineOptions) -> Engine:
+    from agent.engines.http import HttpEngine
+
+    return HttpEngine(options, parse_servers(options.argument))
+
+
 ENGINES: dict[str, Callable[[EngineOptions], Engine]] = {
     "transformers": _transformers,
     "vllm": _vllm,
     "scripted": _scripted,
+    "http": _http,
 }
 """Engine name to factory; heavy imports happen inside the factories."""
+
+
+def check_engine(name: str) -> None:
+    """Refuse the name of an engine that cannot be built, before any work is done.
+
+    Parameters
+    ----------
+    name : str
+        Row of `ENGINES`; for ``http`` a colon and the servers follow (`parse_servers`).
+
+    Raises
+    ------
+    InputError
+        If there is no such row, the servers are missing or malformed, or something follows the
+        name of another engine.
+    """
+    row, colon, argument = name.partition(":")
+    if row not in ENGINES:
+        raise InputError(f"unknown engine {name!r}: choose one of {', '.join(ENGINES)}")
+    if row == "http":
+        parse_servers(argument)
+    elif colon:
+        raise InputError(f"the engine {row} takes nothing after its name, not {argument!r}")
 
 
 def build_engine(name: str, options: EngineOptions) -> Engine:
@@ -47,9 +80,9 @@ def build_engine(name: str, options: EngineOptions) -> Engine:
     Parameters
     ----------
     name : str
-        Row of `ENGINES`.
+        Row of `ENGINES`; for ``http`` a colon and the servers follow.
     options : EngineOptions
-        What it is built from.
+        What it is built from; ``argument`` is replaced by what follows the name.
 
     Returns
     -------
@@ -62,6 +95,7 @@ def build_engine(name: str, options: EngineOptions) -> Engine:
         If the name is unknown, an option is out of range, the model cannot be loaded or served,
         or an optional package is missing.
     """
-    if name not in ENGINES:
-        raise InputError(f"unknown engine {name!r}: choose one of {', '.join(ENGINES)}")
-    return ENGINES[name](options)
+    row, _, argument = name.partition(":")
+    check_options(options)
+    check_engine(name)
+    return ENGINES[row](replace(options, argument=argument))

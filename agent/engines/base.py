@@ -30,6 +30,8 @@ class EngineOptions:
     max_context: int = 4096
     """Longest prompt plus generation of one sequence, tokens."""
     seed: int = 0
+    argument: str = ""
+    """What follows the colon in the engine's name: for ``http``, the servers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +48,9 @@ class GenerateRequest:
     """Generation ends with (and includes) the first of these ids."""
     stop_when: Callable[[Sequence[int]], bool] | None = None
     """Asked after every new token, with the ids generated so far; true ends the turn there."""
+    affinity: str = ""
+    """Requests with equal ones share a prefix, so an engine with several caches sends them to one;
+    empty: the beginning of the prompt tells."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
