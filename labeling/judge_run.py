@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from agent.chat import ChatFormat, ChatKind
-from agent.engines import ENGINES, build_engine
+from agent.engines import build_engine, check_engine
 from agent.engines.base import Engine, EngineError, EngineOptions, GenerateRequest
 from labeling.inputs import LABELS, read_labels_folder
 from labeling.judge import (
@@ -62,7 +62,7 @@ class JudgeConfig:
     num_trajectories: int | None = None
     """Judge only the first ones; all when not given."""
     engine: str = "transformers"
-    """Generation engine: transformers, vllm or scripted."""
+    """Generation engine: transformers, vllm, http:URL[,URL...] (vLLM servers) or scripted."""
     chat_format: ChatKind = "auto"
     """The tokenizer's own template, or the built-in chatml."""
     temperature: float = 0.7
@@ -89,8 +89,7 @@ class JudgeConfig:
             raise InputError(f"--num-trajectories must be >= 1, not {self.num_trajectories}")
         if self.temperature < 0:
             raise InputError(f"--temperature must be >= 0, not {self.temperature}")
-        if self.engine not in ENGINES:
-            raise InputError(f"unknown engine {self.engine!r}: choose one of {', '.join(ENGINES)}")
+        check_engine(self.engine)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -293,6 +292,7 @@ class _Court:
             sampling=self._sampling,
             seed=seed,
             stop_ids=self._chat.stop_ids,
+            affinity=f"{ask.key[0]}@{ask.step}",
         )
         for _ in range(_ATTEMPTS):
             try:

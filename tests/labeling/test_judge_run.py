@@ -239,7 +239,7 @@ def test_only_the_first_trajectories_are_judged_when_asked(lab, labels, tmp_path
         ({"num_trajectories": 0}, "--num-trajectories must be >= 1"),
         ({"temperature": -1.0}, "--temperature must be >= 0"),
         ({"concurrency": 0}, "--concurrency must be >= 1"),
-        ({"engine": "gpt"}, "unknown engine 'gpt': choose one of transformers, vllm, scripted"),
+        ({"engine": "gpt"}, "unknown engine 'gpt': choose one of transformers, vllm"),
     ],
 )
 def test_impossible_settings_are_refused(lab, labels, tmp_path, changes, sentence):
