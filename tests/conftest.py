@@ -20,7 +20,7 @@ if threading.current_thread() is threading.main_thread():
 # Tests that share something costly, or keep both cores busy, run in one process each. (xdist's own
 # groups write into node ids, which pytest made read-only in 9.2.)
 GROUPS = {
-    "vllm": re.compile(r"test_vllm\.py|test_engines\.py.*vllm"),
+    "vllm": re.compile(r"test_(http_)?vllm\.py|test_engines\.py.*vllm"),
     "hostile": re.compile(r"test_hostile\.py"),
 }
 

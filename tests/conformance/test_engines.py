@@ -9,6 +9,7 @@ import pytest
 
 from agent.engines import ENGINES, build_engine
 from agent.engines.base import EngineError, EngineOptions
+from tests.agent.engines.loopback import Loopback, policy_behind
 from tests.agent.engines.shared_vllm import shared_engine, shared_folder, shared_options
 from tests.agent.engines.tiny import prompts, request, run_all
 from trajectory.errors import InputError
@@ -27,13 +28,20 @@ MARKS = {
 
 @pytest.fixture(scope="module", params=[pytest.param(n, marks=MARKS.get(n, ())) for n in ENGINES])
 def engine(request):
+    server = None
     if request.param == "vllm":
         made = shared_engine()
+    elif request.param == "http":
+        server = Loopback(write=policy_behind(shared_options(shared_folder()))).start()
+        options = replace(shared_options(shared_folder()), device="auto")
+        made = build_engine(f"http:{server.url}", options)
     else:
         policy = "scripted" if request.param == "scripted" else str(shared_folder())
         made = build_engine(request.param, replace(shared_options(Path()), policy=policy))
     yield made
     asyncio.run(made.close())
+    if server is not None:
+        server.close()
 
 
 def test_it_says_which_row_it_is_and_what_it_serves(engine):

@@ -12,7 +12,10 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
+from agent.engines.base import EngineOptions, GenerateRequest
+from agent.engines.transformers import TransformersEngine
 from tests.agent.engines.tiny import VOCABULARY
+from trajectory.records import Sampling
 from trajectory.seeds import derive_seed
 
 MODEL = "tiny"
@@ -30,6 +33,27 @@ def dice(body: dict) -> Turn:
     only = body["top_k"] == 1
     logprobs = [0.0 if only else -rng.random() for _ in ids]
     return ids, logprobs, "stop" if ends else "length"
+
+
+def policy_behind(options: EngineOptions) -> Callable[[dict], Awaitable[Turn]]:
+    """Turns that a real policy writes, for `Loopback`."""
+    engine = TransformersEngine(options)
+
+    async def write(body: dict) -> Turn:
+        turn = await engine.generate(
+            GenerateRequest(
+                request_id="behind",
+                prompt_ids=tuple(body["prompt"]),
+                sampling=Sampling(
+                    **{n: body[n] for n in ("temperature", "top_p", "top_k", "max_tokens")}
+                ),
+                seed=body["seed"],
+                stop_ids=tuple(body["stop_token_ids"]),
+            )
+        )
+        return list(turn.token_ids), list(turn.logprobs), turn.finish
+
+    return write
 
 
 class Loopback:
@@ -86,11 +110,11 @@ class Loopback:
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/completions", self._completions)
-        self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
-        await self._runner.setup()
-        site = web.TCPSite(
-            self._runner, "127.0.0.1", self._port, reuse_address=True, shutdown_timeout=0.01
+        self._runner = web.AppRunner(
+            app, handler_cancellation=True, access_log=None, shutdown_timeout=0.01
         )
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True)
         await site.start()
         self._port = self._runner.addresses[0][1]
 
