@@ -9,12 +9,13 @@ import random
 import threading
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 from aiohttp import web
 
 from agent.engines.base import EngineOptions, GenerateRequest
 from agent.engines.transformers import TransformersEngine
-from tests.agent.engines.tiny import VOCABULARY
+from tests.agent.engines.tiny import VOCABULARY, request
 from trajectory.records import Sampling
 from trajectory.seeds import derive_seed
 
@@ -290,3 +291,25 @@ async def stream_error(server, request, body):
 
 async def hang(server, request, body):
     await asyncio.sleep(3600)
+
+
+# -- what is asked, and what is the answer ------------------------------------------------------
+
+
+def asked(prompt=(1, 2, 3), **settings):
+    one = request(prompt, **settings)
+    return replace(one, request_id=f"t/0@1/{one.seed}.0#0")
+
+
+def expected(one):
+    """What a good server answers: ids and finish."""
+    ids, _, finish = dice(
+        {
+            "prompt": list(one.prompt_ids),
+            "seed": one.seed,
+            "max_tokens": one.sampling.max_tokens,
+            "stop_token_ids": list(one.stop_ids),
+            "top_k": one.sampling.top_k,
+        }
+    )
+    return tuple(ids), finish
