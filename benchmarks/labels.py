@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -13,8 +13,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.label_errors import first_errors
+from benchmarks.label_errors import FAILURES, first_errors
 from benchmarks.label_pool import TaskPool, load_pool
+from labeling.backup import moment_interval, tree_posterior
 from labeling.estimators import ESTIMATORS, Estimate
 from labeling.ledger import Rollout
 from labeling.states import SameState
@@ -26,8 +27,8 @@ from trajectory.progress import progress
 from trajectory.run import read_manifest
 from trajectory.store import read_jsonl
 
-BUDGETS = (2, 4, 8, 16, 32, 64)
-"""Rollouts per state: exactly (fixed) or on average (adaptive)."""
+BUDGETS = (2, 4, 8, 16, 32, 48, 64, 96)
+"""Rollouts per state: of each (fixed), or of one of value 1/2 (adaptive)."""
 REFERENCE = 32
 """Budget of the run whose error the others are asked to reach."""
 
@@ -40,12 +41,19 @@ class LabelStudyConfig:
     """Folder of `prm label --strategy fixed` with many --rollouts."""
     out: Path
     """Files OUT.json and OUT.png."""
+    wide: Path | None = None
+    """Another such folder, of many tasks with fewer rollouts, for the search of first errors;
+    --pool when not given."""
     drawable: int = 256
     """Rollouts of each state for the simulated runs; the others measure the true value."""
     seeds: int = 5
     """Simulated runs of each arm."""
     level: float = 0.9
     """Nominal coverage of the intervals."""
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1 or self.drawable < 1:
+            raise InputError("--seeds and --drawable must be >= 1")
 
 
 class Arm(NamedTuple):
@@ -72,7 +80,8 @@ def study(config: LabelStudyConfig) -> dict[str, object]:
     InputError
         If the folder is no finished run of ``--strategy fixed``, or its pool is too small.
     """
-    pools = _load(config)
+    pools = _load(config.pool, config.drawable)
+    wide = pools if config.wide is None else _load(config.wide, max(FAILURES))
     states = sum(len(pool.truth) for pool in pools)
     noise = fmean(truth.variance for pool in pools for truth in pool.truth.values())
     rows = []
@@ -92,7 +101,7 @@ def study(config: LabelStudyConfig) -> dict[str, object]:
         },
         "arms": rows,
         "cost_of_reference_error": _costs(rows),
-        "first_error": first_errors(pools, seeds=config.seeds),
+        "first_error": first_errors(wide, seeds=config.seeds),
     }
     with atomic_path(config.out.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(report, indent=1) + "\n")
@@ -101,41 +110,37 @@ def study(config: LabelStudyConfig) -> dict[str, object]:
     return report
 
 
-def _load(config: LabelStudyConfig) -> list[TaskPool]:
-    """Read the pool."""
-    manifest = read_manifest(config.pool)
+def _load(folder: Path, drawable: int) -> list[TaskPool]:
+    """Read a pool."""
+    manifest = read_manifest(folder)
     settings = manifest.config
     plan = settings.get("plan")
     fixed = isinstance(plan, Mapping) and plan.get("strategy") == "fixed"
     if manifest.kind != "label" or not fixed:
-        raise InputError(f"{config.pool} is not a run of `prm label --strategy fixed`")
-    if config.seeds < 1 or config.drawable < 1:
-        raise InputError("--seeds and --drawable must be >= 1")
+        raise InputError(f"{folder} is not a run of `prm label --strategy fixed`")
     agent = settings["agent"]
     assert isinstance(agent, Mapping)
     max_steps = agent["max_steps"]
     assert isinstance(max_steps, int)
-    first = next(read_jsonl(config.pool / "evidence.jsonl", Rollout), None)
+    first = next(read_jsonl(folder / "evidence.jsonl", Rollout), None)
     if first is None:
-        raise InputError(f"{config.pool} holds no rollout")
-    return load_pool(
-        config.pool, drawable=config.drawable, max_steps=max_steps, completer=first.completer
-    )
+        raise InputError(f"{folder} holds no rollout")
+    return load_pool(folder, drawable=drawable, max_steps=max_steps, completer=first.completer)
 
 
 def _arms(drawable: int) -> Iterator[Arm]:
     """Yield every arm at every budget that the pool is large enough for."""
-    budgets = [k for k in BUDGETS if 4 * k <= drawable]
+    budgets = [k for k in BUDGETS if 2 * k <= drawable]
     sharing: Sequence[tuple[SameState, str]] = (("never", ""), ("text", ", reuse"))
     for same, suffix in sharing:
         for k in budgets:
             yield Arm(f"fixed{suffix}", Fixed(rollouts=k), same, k)
         for k in budgets:
-            adaptive = Adaptive(rollouts=k, most=4 * k, batch=max(1, min(4, k // 2)), width=0.0)
+            adaptive = Adaptive(rollouts=k, most=2 * k, batch=max(1, min(8, k // 4)))
             yield Arm(f"adaptive{suffix}", adaptive, same, k)
-    for width in (0.6, 0.4, 0.3, 0.2):
-        alone = Adaptive(rollouts=1, most=min(128, drawable), batch=4, width=width, pooled=False)
-        yield Arm(f"adaptive, each state to width {width}", alone, "never", 0)
+            if same != "never":
+                backing = replace(adaptive, backs_up=True)
+                yield Arm(f"adaptive for backup{suffix}", backing, same, k)
 
 
 def _measure(
@@ -152,11 +157,15 @@ def _measure(
         spent = 0
         for pool in pools:
             work = pool.simulate(arm.strategy, same=arm.same, seed=seed)
-            for node in work.nodes:
+            backed = tree_posterior(work.view(exclude_truncated=False).states)
+            for node, moments in zip(work.nodes, backed, strict=True):
                 spent += node.own.tokens
                 n, c = node.counts.usable(exclude_truncated=False)
                 truth = pool.truth[node.state].value
-                for name, estimate in _estimates(arm, n, c, config.level).items():
+                found = _estimates(arm, n, c, config.level)
+                if arm.same != "never":
+                    found["backed_up"] = moment_interval(moments, config.level)
+                for name, estimate in found.items():
                     if name == "hard":
                         wrong.append(float((estimate.value > 0) != (truth > 0)))
                         continue
@@ -187,8 +196,8 @@ def _estimates(arm: Arm, n: int, c: int, level: float) -> dict[str, Estimate]:
     """Apply every estimator that fits the arm."""
     found = {name: estimator(n, c, level) for name, estimator in ESTIMATORS.items()}
     strategy = arm.strategy
-    if isinstance(strategy, Adaptive) and not strategy.pooled:
-        rule = StoppingRule(goes_on=strategy.goes_on, batch=strategy.batch)
+    if isinstance(strategy, Adaptive) and arm.same == "never":
+        rule = StoppingRule(goes_on=strategy.goes_on, ends=frozenset(strategy.batch_ends()))
         found["stopped"] = stopped(n, c, level, rule)
     return found
 
@@ -232,6 +241,8 @@ def _draw(rows: Sequence[Mapping[str, object]], path: Path) -> None:
         ("fixed, reuse", "soft", "C0", "--"),
         ("adaptive", "smoothed", "C1", "-"),
         ("adaptive, reuse", "smoothed", "C1", "--"),
+        ("fixed, reuse", "backed_up", "C2", "-"),
+        ("adaptive for backup, reuse", "backed_up", "C3", "-"),
     ]
     for arm, estimator, colour, line in shown:
         points = [r for r in rows if (r["arm"], r["estimator"]) == (arm, estimator)]
@@ -272,4 +283,11 @@ def _show(report: Mapping[str, object]) -> None:
     for name, cost in costs.items():
         table.add_row(name, "not reached" if cost is None else f"{cost:.2f}")
     console.print(table)
-    console.print(report["first_error"])
+    table = Table("search", "failures", "wrong", "wrong if it recovers", "n", "tokens")
+    searches = report["first_error"]
+    assert isinstance(searches, list)
+    for r in searches:
+        shares = ["" if r[k] is None else f"{r[k]:.3f}" for k in ("wrong", "wrong_recovering")]
+        counts = f"{r['trajectories']} ({r['recovering']} recover)"
+        table.add_row(r["method"], str(r["failures"]), *shares, counts, f"{r['tokens']:.0f}")
+    console.print(table)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from agent.setup import AgentConfig
-from labeling.estimators import ALL_ESTIMATORS, STOPPED, Truncated
+from labeling.estimators import ALL_ESTIMATORS, BACKED_UP, STOPPED, Truncated
 from labeling.states import SameState
 from labeling.stopping import StoppingRule
 from labeling.strategies import Adaptive, Bisect, Fixed
@@ -21,16 +21,15 @@ class StrategyConfig:
     strategy: Literal["fixed", "adaptive", "bisect"] = "fixed"
     """fixed: the same number of rollouts for every state. adaptive: where they teach most, until
     the value is known well enough. bisect: search the first step that cannot be recovered from."""
-    width: float = 0.2
-    """adaptive: a credible interval this narrow decides a state."""
+    width: float = 0.0
+    """adaptive: a credible interval this narrow decides a state; 0 leaves that to --rollouts."""
     threshold: float | None = None
     """adaptive: an interval that excludes this value decides a state."""
     max_rollouts: int | None = None
-    """adaptive: most continuations of one state; four times --rollouts when not given."""
-    batch: int = 4
-    """adaptive, bisect: continuations of a state between two decisions."""
-    pool_budget: bool = True
-    """adaptive: states of a task share its rollouts; if not, each goes on until it is decided."""
+    """adaptive: most continuations of one state; twice --rollouts when not given."""
+    batch: int | None = None
+    """adaptive, bisect: continuations of a state between two decisions; a quarter of --rollouts,
+    at most 8, when not given."""
     probe: bool = True
     """bisect: check a state behind the found step, because agents recover."""
 
@@ -39,7 +38,7 @@ class StrategyConfig:
             raise InputError(f"--width must be in [0, 1), not {self.width}")
         if self.threshold is not None and not 0 < self.threshold < 1:
             raise InputError(f"--threshold must be in (0, 1), not {self.threshold}")
-        if self.batch < 1:
+        if self.batch is not None and self.batch < 1:
             raise InputError(f"--batch must be >= 1, not {self.batch}")
 
 
@@ -54,8 +53,8 @@ class LabelConfig:
     plan: StrategyConfig = StrategyConfig()
     """How rollouts are spread over states."""
     rollouts: int = 8
-    """Continuations per state: of each (fixed), on average (adaptive), failures after which it
-    counts as lost (bisect)."""
+    """Continuations per state: of each (fixed), of one that is as often right as wrong (adaptive;
+    others get fewer), failures after which it counts as lost (bisect)."""
     same_state: SameState = "text"
     """When a continuation counts for a later state too: it came through the same turns and
     observations (text), the same calls and observations (calls), or never."""
@@ -73,7 +72,7 @@ class LabelConfig:
     """Whether tools that change the world are refused, or answered from the record of
     --trajectories; a rollout that makes a call nobody recorded then counts for nothing."""
     estimator: str = "soft"
-    """How counts become values: hard, soft, smoothed, ratio or stopped."""
+    """How counts become values: hard, soft, smoothed, backed_up, ratio or stopped."""
     level: float = 0.9
     """Coverage of the labels' intervals, in [0.5, 1)."""
     truncated: Truncated = "wrong"
@@ -111,11 +110,15 @@ class LabelConfig:
         if self.max_tokens is not None and self.max_tokens < 1:
             raise InputError("--max-tokens must be >= 1")
         parse_shard(self.shard)
-        local = self.plan.strategy != "adaptive" or not self.plan.pool_budget
-        if self.estimator == STOPPED and not (local and self.same_state == "never"):
+        if self.estimator == BACKED_UP and self.same_state == "never":
+            raise InputError(
+                "the estimator 'backed_up' needs rollouts that come through later states: leave "
+                "--same-state at text or calls"
+            )
+        if self.estimator == STOPPED and self.same_state != "never":
             raise InputError(
                 "the estimator 'stopped' is unbiased only if a state's rollouts stop by its own "
-                "results: give --same-state never, and with --strategy adaptive --no-pool-budget"
+                "results: give --same-state never"
             )
 
     @property
@@ -123,25 +126,26 @@ class LabelConfig:
         """Why the rollouts of a state stop, from nothing but their own results."""
         strategy = self.strategy
         if isinstance(strategy, Fixed):
-            return StoppingRule(goes_on=lambda n, c: True, batch=self.rollouts)
-        return StoppingRule(goes_on=strategy.goes_on, batch=strategy.batch)
+            return StoppingRule(goes_on=lambda n, c: True, ends=frozenset())
+        return StoppingRule(goes_on=strategy.goes_on, ends=frozenset(strategy.batch_ends()))
 
     @property
     def strategy(self) -> Fixed | Adaptive | Bisect:
         """The strategy with its settings."""
         plan = self.plan
+        batch = plan.batch or max(1, min(8, self.rollouts // 4))
         if plan.strategy == "fixed":
             return Fixed(rollouts=self.rollouts)
         if plan.strategy == "bisect":
-            return Bisect(rollouts=self.rollouts, batch=plan.batch, probe=plan.probe)
+            return Bisect(rollouts=self.rollouts, batch=batch, probe=plan.probe)
         return Adaptive(
             rollouts=self.rollouts,
-            most=plan.max_rollouts or 4 * self.rollouts,
-            batch=plan.batch,
+            most=plan.max_rollouts or 2 * self.rollouts,
+            batch=batch,
             width=plan.width,
             threshold=plan.threshold,
             level=self.level,
-            pooled=plan.pool_budget,
+            backs_up=self.estimator == BACKED_UP,
         )
 
 

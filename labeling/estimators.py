@@ -221,10 +221,11 @@ def _posterior_draws(n: int, c: int, axis: int) -> NDArray[np.float64]:
 
 
 ESTIMATORS: Mapping[str, Estimator] = {"hard": hard, "soft": soft, "smoothed": smoothed}
-RATIO, STOPPED = "ratio", "stopped"
-ALL_ESTIMATORS = (*ESTIMATORS, RATIO, STOPPED)
-"""Names of `ESTIMATORS`, of the ratio to the value before (`progress`), and of
-`labeling.stopping.stopped`, which also needs to know the rule."""
+RATIO, STOPPED, BACKED_UP = "ratio", "stopped", "backed_up"
+ALL_ESTIMATORS = (*ESTIMATORS, RATIO, STOPPED, BACKED_UP)
+"""Names of `ESTIMATORS`, of the ratio to the value before (`progress`), of
+`labeling.stopping.stopped`, which needs to know the rule, and of `labeling.backup`, which needs
+all states of a task."""
 
 
 def usable_counts(evidence: StepEvidence, truncated: Truncated) -> tuple[tuple[int, int], ...]:

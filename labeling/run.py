@@ -21,9 +21,10 @@ from agent.setup import load_tasks, open_agent, sandbox_of
 from agent.tasks import parse_tasks
 from agent.tools import build_tools, check_tasks
 from agent.tools.base import SideEffect, Tool
+from labeling.backup import backed_up_labels
 from labeling.collect import Collector, Plan
 from labeling.config import LabelConfig, parse_shard
-from labeling.estimators import STOPPED, label_steps
+from labeling.estimators import BACKED_UP, STOPPED, label_steps
 from labeling.given import check_given, copy_given
 from labeling.ledger import Ledger
 from labeling.recorded import RecordedTool, recordings
@@ -287,6 +288,10 @@ def _row(
             temperature=config.agent.temperature, max_tokens=config.agent.max_turn_tokens
         ),
     )
+    if config.estimator == BACKED_UP:
+        exclude = config.truncated == "exclude"
+        labels = backed_up_labels(work, trajectory, level=config.level, exclude_truncated=exclude)
+        return LabelledTrajectory(trajectory=trajectory, evidence=evidence, labels=labels)
     special = None
     if config.estimator == STOPPED:
         special = partial(stopped, rule=config.stopping_rule)

@@ -14,8 +14,8 @@ class StoppingRule:
 
     goes_on: Callable[[int, int], bool]
     """Asked with ``(n, c)`` after every batch."""
-    batch: int
-    """Rollouts between two questions, >= 1."""
+    ends: frozenset[int]
+    """Numbers of rollouts at which it is asked."""
     _counts: dict[tuple[int, bool], tuple[int, ...]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -43,7 +43,7 @@ class StoppingRule:
             found = (0, 1) if first_right else (1, 1)
         else:
             before = self.sequences(n - 1, first_right=first_right)
-            asked = (n - 1) % self.batch == 0
+            asked = n - 1 in self.ends
             alive = [
                 0 if asked and not self.goes_on(n - 1, c) else count
                 for c, count in enumerate(before)
@@ -94,12 +94,13 @@ def stopped(n: int, c: int, level: float, rule: StoppingRule) -> Estimate:
     --------
     With no early stop it is ``c / n``:
 
-    >>> stopped(4, 1, 0.9, StoppingRule(goes_on=lambda n, c: True, batch=1)).value
+    >>> stopped(4, 1, 0.9, StoppingRule(goes_on=lambda n, c: True, ends=frozenset())).value
     0.25
 
     Stop at the first success, looking after every second rollout:
 
-    >>> stopped(4, 1, 0.9, StoppingRule(goes_on=lambda n, c: c == 0, batch=2)).value
+    >>> rule = StoppingRule(goes_on=lambda n, c: c == 0, ends=frozenset({2, 4}))
+    >>> stopped(4, 1, 0.9, rule).value
     0.0
     """
     _, low, high = smoothed(n, c, level)

@@ -7,8 +7,7 @@ says depends on nothing but what it sees, so an interrupted run makes the same d
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,6 +28,8 @@ class StateView:
     """Index of the state one step before; None for the task's prompt."""
     reached: int
     """Usable rollouts of earlier states that came through here."""
+    reached_right: int
+    """Right ones among them."""
     tokens: float
     """Expected tokens of a rollout from here, > 0."""
     closed: bool = False
@@ -52,6 +53,8 @@ class TaskView:
     states: tuple[StateView, ...]
     """The prompt first, every state after its parent."""
     paths: tuple[PathView, ...]
+    shares: bool = True
+    """Whether rollouts count for later states they come through."""
 
 
 class Strategy(Protocol):
@@ -79,81 +82,137 @@ class Fixed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Adaptive:
-    """Spends a task's rollouts where they teach most per token, and stops where enough is known.
+    """Spends rollouts where they teach most per token, and stops where enough is known.
 
-    A state is decided when the credible interval of its value (Jeffreys' prior) is at most
-    ``width`` wide, when the interval excludes ``threshold``, or at ``most`` rollouts. Of the
-    undecided states the better half by *gain per token* gets ``batch`` rollouts more, until the
-    task has spent ``rollouts`` per state on average.
+    A state is decided when a further rollout would teach less than the ``rollouts``-th one of a
+    state of value 1/2 does, when the credible interval of its value (Jeffreys' prior) is at most
+    ``width`` wide or excludes ``threshold``, or at ``most`` rollouts. In each round the better half
+    of the undecided states gets a batch of rollouts.
 
     Notes
     -----
-    With posterior Beta(a, b) of a state's value and m = a + b, a further batch of k rollouts lowers
-    the expected posterior variance ``ab / (m^2 (m + 1))`` by the factor ``m / (m + k)``. A rollout
-    that comes through a later state teaches about that one as well, so the gain of a state is its
-    own plus that of its successors times the share of rollouts that reached them. Dividing by the
-    tokens of a rollout makes the allocation approach the one that minimises the mean squared error
-    of a task's labels at given cost, ``n_i ~ sqrt(V_i (1 - V_i) / tokens_i)``.
+    With posterior Beta(a, b) of a state's value and m = a + b, one more rollout lowers the expected
+    posterior variance ``v = ab / (m^2 (m + 1))`` by ``v / (m + 1)``. Stopping where that falls to
+    ``1 / (4 K^2)`` gives a state of value V about ``2 K sqrt(V (1 - V))`` rollouts: of all
+    allocations of a number of rollouts, the one with the least mean squared error. Where states
+    are shared, a rollout also teaches about the later states it comes through: the gain of a state
+    is then its own plus that of its successors times the share of rollouts that reached them, and
+    it is weighed against the tokens of a rollout from there, relative to the task's mean.
     """
 
     rollouts: int
-    """Mean budget per state, >= 1."""
+    """K: what a state of value 1/2 gets, >= 1; others get fewer."""
     most: int
     """Rollouts of one state, at most."""
-    batch: int = 4
-    """Rollouts given at a time, >= 1."""
-    width: float = 0.2
+    batch: int = 8
+    """Rollouts given at a time, >= 1, while a state has few."""
+    width: float = 0.0
     """An interval this narrow decides a state; in [0, 1)."""
     threshold: float | None = None
-    """An interval that excludes this value decides a state; None: only its width does."""
+    """An interval that excludes this value decides a state."""
     level: float = 0.9
     """Credibility of the interval."""
-    pooled: bool = True
-    """Whether the states of a task share a budget. If not, each goes on until it is decided: then
-    its stopping depends on its own rollouts alone, which the ``stopped`` estimator needs."""
+    backs_up: bool = False
+    """Whether values will be estimated by `labeling.backup`: then what a rollout teaches about a
+    state teaches about the earlier ones too."""
 
     def wanted(self, task: TaskView) -> list[int]:
         """Return what is there, plus a batch for the most instructive undecided states."""
         totals = [state.own for state in task.states]
-        left = self.rollouts * len(totals) - sum(totals) if self.pooled else math.inf
-        undecided = [i for i, s in enumerate(task.states) if self.undecided(s)]
-        if self.pooled:
-            gain = self._gains(task.states)
-            undecided.sort(key=lambda i: (-gain[i] / task.states[i].tokens, i))
-            undecided = undecided[: -(-len(undecided) // 2)]
-        for i in undecided:
-            more = int(min(self.batch, self.most - totals[i], left))
-            totals[i] += more
-            left -= more
+        gains = self._gains(task)
+        undecided = [
+            i
+            for i, state in enumerate(task.states)
+            if not state.closed
+            and state.own < self.most
+            and not self._known(state.n, state.c)
+            and (state.n == 0 or gains[i] >= self._least_gain)
+        ]
+        undecided.sort(key=lambda i: (-gains[i], i))
+        for i in undecided[: -(-len(undecided) // 2)]:
+            totals[i] = next(end for end in self.batch_ends() if end > totals[i])
         return totals
 
-    def undecided(self, state: StateView) -> bool:
-        """Tell whether a state needs more rollouts."""
-        return not state.closed and state.own < self.most and self.goes_on(state.n, state.c)
+    def batch_ends(self) -> Iterator[int]:
+        """Yield the numbers of rollouts at which a state is looked at again.
+
+        Batches grow with what is there: fewer rounds, and less of the bias that comes from
+        looking often.
+        """
+        end = 0
+        while end < self.most:
+            end = min(self.most, end + max(self.batch, end // 2))
+            yield end
 
     def goes_on(self, n: int, c: int) -> bool:
-        """Tell whether ``c`` right ones of ``n`` rollouts leave a state undecided."""
-        if n == 0:
-            return True
-        _, low, high = smoothed(n, c, self.level)
-        if high - low <= self.width:
-            return False
-        return self.threshold is None or low <= self.threshold <= high
+        """Tell whether a state that shares nothing is undecided after ``c`` right ones of ``n``."""
+        return n < self.most and not self._known(n, c) and _gain(n, c) >= self._least_gain
 
-    def _gains(self, states: Sequence[StateView]) -> list[float]:
-        """Return the expected fall of posterior variance that a batch begun in a state brings."""
-        gains = []
-        for s in states:
-            right, wrong = s.c + JEFFREYS, s.n - s.c + JEFFREYS
-            size = right + wrong
-            variance = right * wrong / (size * size * (size + 1))
-            gains.append(variance * self.batch / (size + self.batch) if self.undecided(s) else 0.0)
+    @property
+    def _least_gain(self) -> float:
+        """What the K-th rollout of a state of value 1/2 teaches."""
+        return _gain(self.rollouts, self.rollouts / 2)
+
+    def _known(self, n: int, c: int) -> bool:
+        """Tell whether the interval of a value says enough."""
+        if n == 0 or (self.width == 0 and self.threshold is None):
+            return False
+        _, low, high = smoothed(n, c, self.level)
+        excluded = self.threshold is not None and not low <= self.threshold <= high
+        return high - low <= self.width or excluded
+
+    def _gains(self, task: TaskView) -> list[float]:
+        """Return what a rollout begun in each state teaches, at the price of a mean one."""
+        states = task.states
+        gains = [0.0 if self._known(s.n, s.c) else _gain(s.n, s.c) for s in states]
+        if not task.shares:
+            return gains
+        shares = [_share(states, i) for i in range(len(states))]
+        if self.backs_up:
+            gains = _gains_of_backup(states, shares)
         for i in range(len(states) - 1, 0, -1):  # every state stands after its parent
-            s = states[i]
-            assert s.parent is not None
-            share = (s.reached + JEFFREYS) / (states[s.parent].n + 2 * JEFFREYS)
-            gains[s.parent] += min(1.0, share) * gains[i]
-        return gains
+            parent = states[i].parent
+            assert parent is not None
+            gains[parent] += shares[i] * gains[i]
+        mean = sum(s.tokens for s in states) / len(states)
+        return [gain * mean / s.tokens for gain, s in zip(gains, states, strict=True)]
+
+
+def _share(states: Sequence[StateView], i: int) -> float:
+    """Return the expected share of the parent's rollouts that come through a state."""
+    parent = states[i].parent
+    if parent is None:
+        return 0.0
+    return min(1.0, (states[i].reached + JEFFREYS) / (states[parent].n + 2 * JEFFREYS))
+
+
+def _gains_of_backup(states: Sequence[StateView], shares: Sequence[float]) -> list[float]:
+    """Return what a rollout begun in each state, and ending elsewhere, teaches about all values.
+
+    Of a backed-up value the later states' part is known from their own rollouts; what a further
+    rollout of the state itself adds is where it goes and what happens elsewhere. That lowers the
+    variance of the state, and of every earlier one by the squared share that comes through.
+    """
+    means = [(s.c + JEFFREYS) / (s.n + 2 * JEFFREYS) for s in states]
+    spread = [mean * (1 - mean) for mean in means]  # variance of one outcome
+    for i, state in enumerate(states):
+        if state.parent is not None:  # within what a child is known to be, outcomes tell nothing
+            spread[state.parent] -= shares[i] * means[i] * (1 - means[i])
+    weights = [1.0] * len(states)
+    for i, state in enumerate(states):
+        if state.parent is not None:
+            weights[i] += shares[i] ** 2 * weights[state.parent]
+    return [
+        weight * max(0.0, left) / (s.n + 2) ** 2
+        for weight, left, s in zip(weights, spread, states, strict=True)
+    ]
+
+
+def _gain(n: float, c: float) -> float:
+    """Return the expected fall of the posterior variance of a value by one more rollout."""
+    right, wrong = c + JEFFREYS, n - c + JEFFREYS
+    size = right + wrong
+    return right * wrong / (size * size * (size + 1) ** 2)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,6 +254,11 @@ class Bisect:
     def goes_on(self, n: int, c: int) -> bool:
         """Tell whether a state is neither alive nor dead yet."""
         return c == 0 and n < self.rollouts
+
+    def batch_ends(self) -> Iterator[int]:
+        """Yield the numbers of rollouts at which a state is looked at again."""
+        yield from range(self.batch, self.rollouts, self.batch)
+        yield self.rollouts
 
     def found(self, states: Sequence[StateView], path: Sequence[int]) -> int | None:
         """Return the step after which ``path`` stays dead, counted from 1; None if unknown.

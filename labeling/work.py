@@ -62,6 +62,7 @@ class TaskWork:
         self, task: Task, trajectories: Sequence[Trajectory], *, max_steps: int, same: SameState
     ) -> None:
         self.task = task
+        self._same = same
         self.trajectories = tuple(t for t in trajectories if not t.stop.failed)
         self.num_failed = len(trajectories) - len(self.trajectories)
         first = self.trajectories[0].num_generated_tokens if self.trajectories else 0
@@ -70,12 +71,12 @@ class TaskWork:
         self._by_digest: dict[str, int] = {}
         self._by_state: dict[State, int] = {self.nodes[0].state: 0}
         for trajectory in self.trajectories:
-            self._add(trajectory, max_steps, same)
+            self._add(trajectory, max_steps)
 
-    def _add(self, trajectory: Trajectory, max_steps: int, same: SameState) -> None:
+    def _add(self, trajectory: Trajectory, max_steps: int) -> None:
         """Add the states of one trajectory that are not there yet."""
         path = [0]
-        digests = state_digests(self.task.task_id, trajectory.steps, same)
+        digests = state_digests(self.task.task_id, trajectory.steps, self._same)
         for prefix in open_prefixes(trajectory, max_steps):
             digest = digests[prefix - 1] if digests else None
             index = self._by_digest.get(digest) if digest is not None else None
@@ -94,6 +95,11 @@ class TaskWork:
                     self._by_digest[digest] = index
             path.append(index)
         self.paths.append(path)
+
+    def path(self, trajectory: Trajectory) -> list[int]:
+        """Return the indices of a trajectory's states, from the prompt on, its end left out."""
+        names = [t.trajectory_id for t in self.trajectories]
+        return self.paths[names.index(trajectory.trajectory_id)]
 
     def count(self, rollout: Rollout) -> None:
         """Count a rollout for its state and for those it came through.
@@ -138,6 +144,7 @@ class TaskWork:
                     own=own.rollouts,
                     parent=node.parent,
                     reached=node.reused.usable(exclude_truncated=exclude_truncated)[0],
+                    reached_right=node.reused.correct,
                     tokens=max(1.0, tokens),
                     closed=node.abandoned,
                 )
@@ -146,7 +153,7 @@ class TaskWork:
             PathView(states=tuple(path), right=_is_right(trajectory))
             for path, trajectory in zip(self.paths, self.trajectories, strict=True)
         ]
-        return TaskView(states=tuple(states), paths=tuple(paths))
+        return TaskView(states=tuple(states), paths=tuple(paths), shares=self._same != "never")
 
     def evidence(
         self,
@@ -175,8 +182,7 @@ class TaskWork:
             ``tokens`` holds all tokens its counts cost, those of shared states included, so summed
             over the trajectories of a task it counts these more than once.
         """
-        names = [t.trajectory_id for t in self.trajectories]
-        path = self.paths[names.index(trajectory.trajectory_id)]
+        path = self.path(trajectory)
         counts = [self.nodes[i].counts for i in path]
         reused = [self.nodes[i].reused.rollouts for i in path]
         if len(counts) == trajectory.num_steps:

@@ -7,15 +7,21 @@ from hypothesis import strategies as st
 from labeling.stopping import StoppingRule, stopped
 from labeling.strategies import Adaptive, Bisect
 
+
+def every(batch, most=100):
+    return frozenset(range(batch, most, batch))
+
+
+def rule_of(strategy):
+    return StoppingRule(goes_on=strategy.goes_on, ends=frozenset(strategy.batch_ends()))
+
+
 RULES = {
-    "first success, one by one": (StoppingRule(goes_on=lambda n, c: c == 0, batch=1), 6),
-    "first success, in threes": (StoppingRule(goes_on=lambda n, c: c == 0, batch=3), 9),
-    "two of a kind": (StoppingRule(goes_on=lambda n, c: abs(n - 2 * c) < 2, batch=1), 8),
-    "adaptive": (
-        StoppingRule(goes_on=Adaptive(rollouts=4, most=8, width=0.5).goes_on, batch=2),
-        8,
-    ),
-    "bisect": (StoppingRule(goes_on=Bisect(rollouts=8, batch=4).goes_on, batch=4), 8),
+    "first success, one by one": (StoppingRule(goes_on=lambda n, c: c == 0, ends=every(1)), 6),
+    "first success, in threes": (StoppingRule(goes_on=lambda n, c: c == 0, ends=every(3)), 9),
+    "two of a kind": (StoppingRule(goes_on=lambda n, c: abs(n - 2 * c) < 2, ends=every(1)), 8),
+    "adaptive": (rule_of(Adaptive(rollouts=4, most=10, batch=2)), 10),
+    "bisect": (rule_of(Bisect(rollouts=8, batch=4)), 8),
 }
 
 
@@ -24,7 +30,7 @@ def expectation(rule, most, probability):
     mean = naive = 0.0
     for results in product((0, 1), repeat=most):
         n = c = 0
-        while n < most and (n == 0 or n % rule.batch or rule.goes_on(n, c)):
+        while n < most and (n not in rule.ends or rule.goes_on(n, c)):
             c += results[n]
             n += 1
         weight = probability ** sum(results) * (1 - probability) ** (most - sum(results))
@@ -49,14 +55,14 @@ def test_the_share_of_successes_is_not():
 def test_by_hand():
     # Stop at a success, asked after every second rollout. To n = 4, c = 1 lead 0001 and 0010, to
     # c = 2 only 0011; none begins with a success. To n = 2, c = 1 lead 01 and 10.
-    rule = StoppingRule(goes_on=lambda n, c: c == 0, batch=2)
+    rule = StoppingRule(goes_on=lambda n, c: c == 0, ends=every(2))
     assert stopped(4, 1, 0.9, rule).value == 0
     assert stopped(4, 2, 0.9, rule).value == 0
     assert stopped(2, 1, 0.9, rule).value == 0.5
 
 
 def test_counts_that_the_rule_cannot_lead_to_are_refused():
-    rule = StoppingRule(goes_on=lambda n, c: c == 0, batch=1)
+    rule = StoppingRule(goes_on=lambda n, c: c == 0, ends=every(1))
     with pytest.raises(ValueError, match="cannot lead to n = 5, c = 3"):
         stopped(5, 3, 0.9, rule)
 
@@ -64,6 +70,6 @@ def test_counts_that_the_rule_cannot_lead_to_are_refused():
 @given(st.integers(1, 30), st.data())
 def test_without_a_rule_it_is_the_share_of_successes(n, data):
     c = data.draw(st.integers(0, n))
-    value, low, high = stopped(n, c, 0.9, StoppingRule(goes_on=lambda n, c: True, batch=4))
+    value, low, high = stopped(n, c, 0.9, StoppingRule(goes_on=lambda n, c: True, ends=every(4)))
     assert value == pytest.approx(c / n)
     assert 0 <= low <= value <= high <= 1

@@ -9,19 +9,20 @@ from hypothesis import strategies as st
 from labeling.strategies import Adaptive, Bisect, Fixed, PathView, StateView, TaskView
 
 
-def state(n=0, c=0, own=None, parent=None, reached=0, tokens=10.0, closed=False):
+def state(n=0, c=0, own=None, parent=None, reached=0, right=0, tokens=10.0, closed=False):
     return StateView(
         n=n,
         c=c,
         own=n if own is None else own,
         parent=parent,
         reached=reached,
+        reached_right=right,
         tokens=tokens,
         closed=closed,
     )
 
 
-def chain(*states, right=False):
+def chain(*states, right=False, shares=True):
     """The states of one trajectory, each the child of the one before."""
     linked = tuple(
         state(
@@ -30,19 +31,21 @@ def chain(*states, right=False):
             s.own,
             i - 1 if i else None,
             s.reached,
+            s.reached_right,
             s.tokens,
             s.closed,
         )
         for i, s in enumerate(states)
     )
-    return TaskView(states=linked, paths=(PathView(states=tuple(range(len(states))), right=right),))
+    path = PathView(states=tuple(range(len(states))), right=right)
+    return TaskView(states=linked, paths=(path,), shares=shares)
 
 
-def simulate(strategy, values, *, right=False, seed=0, rounds=500):
+def simulate(strategy, values, *, right=False, seed=0, rounds=500, shares=False):
     """Run a strategy on states with these success probabilities; return their (n, c)."""
     rng, counts = Random(seed), [[0, 0] for _ in values]
     for _ in range(rounds):
-        view = chain(*(state(n, c) for n, c in counts), right=right)
+        view = chain(*(state(n, c) for n, c in counts), right=right, shares=shares)
         wanted = strategy.wanted(view)
         if wanted == [n for n, _ in counts]:
             return view, counts
@@ -66,7 +69,7 @@ def test_no_strategy_asks_for_rollouts_of_a_state_that_cannot_be_restored():
 
 
 def test_adaptive_stops_where_the_interval_is_narrow():
-    adaptive = Adaptive(rollouts=100, most=400, width=0.2, pooled=False)
+    adaptive = Adaptive(rollouts=100, most=400, width=0.2)
     # Jeffreys: after 8 failures the 90 % interval is [0, 0.201], after 9 [0, 0.181].
     assert adaptive.goes_on(8, 0)
     assert not adaptive.goes_on(9, 0)
@@ -74,35 +77,46 @@ def test_adaptive_stops_where_the_interval_is_narrow():
 
 
 def test_adaptive_stops_where_the_interval_excludes_the_threshold():
-    adaptive = Adaptive(rollouts=4, most=64, width=0.0, threshold=0.5)
+    adaptive = Adaptive(rollouts=32, most=64, threshold=0.5)
     assert adaptive.goes_on(8, 4)
     assert not adaptive.goes_on(8, 0)
 
 
-def test_adaptive_spends_where_the_posterior_is_widest():
-    view = chain(state(8, 8), state(8, 4), state(8, 0), state(8, 8))
-    more = [
-        w - s.n
-        for w, s in zip(
-            Adaptive(rollouts=40, most=99, width=0.0).wanted(view), view.states, strict=True
-        )
-    ]
-    assert more[1] == 4
-    assert sum(more) == 8
+def test_adaptive_gives_a_state_its_share_of_the_error():
+    # By hand, K = 32: the 32nd rollout of a state of value 1/2 lowers the posterior variance by
+    # 16.5^2 / (33^2 34^2) = 2.16e-4; the 13th of a state that never succeeded by
+    # 0.5 * 12.5 / (13^2 14^2) = 1.89e-4, the 12th by 0.5 * 11.5 / (12^2 13^2) = 2.36e-4.
+    adaptive = Adaptive(rollouts=32, most=64)
+    assert adaptive.goes_on(32, 16)
+    assert not adaptive.goes_on(33, 16)
+    assert adaptive.goes_on(11, 0)
+    assert not adaptive.goes_on(12, 0)
+
+
+def test_adaptive_gives_the_better_half_a_batch_that_grows():
+    view = chain(state(8, 8), state(8, 4), state(8, 0), state(18, 9), shares=False)
+    assert Adaptive(rollouts=64, most=256, batch=4).wanted(view) == [8, 12, 8, 27]
+    assert list(Adaptive(rollouts=9, most=30, batch=4).batch_ends()) == [4, 8, 12, 18, 27, 30]
 
 
 def test_adaptive_prefers_the_cheaper_of_two_equal_states():
     view = chain(state(8, 4, tokens=100), state(8, 4, reached=0, tokens=10))
-    wanted = Adaptive(rollouts=40, most=99, width=0.0).wanted(view)
-    assert wanted == [8, 12]
+    assert Adaptive(rollouts=40, most=99).wanted(view) == [8, 16]
 
 
 def test_a_state_whose_rollouts_come_through_another_gains_from_both():
     alone = chain(state(8, 4, tokens=15), state(8, 4, reached=0, tokens=10))
     through = chain(state(8, 4, tokens=15), state(8, 4, own=0, reached=8, tokens=10))
-    adaptive = Adaptive(rollouts=40, most=99, width=0.0)
+    adaptive = Adaptive(rollouts=40, most=99)
     assert adaptive.wanted(alone)[0] == 8
-    assert adaptive.wanted(through)[0] == 12
+    assert adaptive.wanted(through)[0] == 16
+
+
+def test_with_backup_a_later_state_gains_from_what_it_tells_of_the_earlier_one():
+    view = chain(state(8, 4, tokens=10), state(8, 4, own=0, reached=8, right=4, tokens=10))
+    assert Adaptive(rollouts=40, most=99).wanted(view) == [16, 0]
+    # All rollouts of the first go on to the second: measuring that one says all there is to know.
+    assert Adaptive(rollouts=40, most=99, backs_up=True).wanted(view) == [8, 8]
 
 
 @settings(max_examples=60, deadline=None)
@@ -111,14 +125,12 @@ def test_a_state_whose_rollouts_come_through_another_gains_from_both():
     st.integers(0, 1000),
     st.booleans(),
 )
-def test_adaptive_ends_within_its_budget_and_caps(values, seed, pooled):
-    adaptive = Adaptive(rollouts=6, most=20, batch=3, width=0.2, pooled=pooled)
-    _, counts = simulate(adaptive, values, seed=seed)
+def test_adaptive_ends_within_its_caps(values, seed, shares):
+    adaptive = Adaptive(rollouts=6, most=20, batch=3, backs_up=shares)
+    _, counts = simulate(adaptive, values, seed=seed, shares=shares)
     assert all(1 <= n <= 20 for n, _ in counts)
-    if pooled:
-        assert sum(n for n, _ in counts) <= 6 * len(values)
-    else:
-        assert all(n == 20 or not adaptive.goes_on(n, c) for n, c in counts)
+    if not shares:
+        assert not any(adaptive.goes_on(n, c) for n, c in counts)
 
 
 @settings(max_examples=60, deadline=None)

@@ -140,7 +140,7 @@ def run_rounds(rounds, results, *, kill_after=None):
 @pytest.mark.parametrize("kill_after", [0, 1, 5, 9, 14])
 def test_a_resumed_task_asks_for_the_same_rollouts(kill_after):
     found = two_trajectories()
-    strategy = Adaptive(rollouts=6, most=12, width=0.1)
+    strategy = Adaptive(rollouts=6, most=12, batch=2)
 
     def results(state, index):
         return Random(f"{state}{index}").random() < 0.3
@@ -207,7 +207,7 @@ def test_labels_from_shared_states_are_right(lab, tmp_path, strategy):
 
 
 def test_adaptive_spends_less_than_fixed_and_resumes_as_finished(lab, tmp_path):
-    settings = {"strategy": "adaptive", "rollouts": 16, "width": 0.5, "same_state": "text"}
+    settings = {"strategy": "adaptive", "rollouts": 16, "same_state": "text"}
     out = tmp_path / "labels"
     report = label(config(lab, out, **settings), engine=WalkerEngine(lab / "policy"))
     assert 0 < report.counts["rollouts"] < 16 * report.counts["states"]
@@ -266,7 +266,7 @@ def test_shards_part_the_tasks(lab, tmp_path):
         ({"max_rollouts": 2}, "--max-rollouts"),
         ({"max_tokens": 0}, "--max-tokens"),
         ({"estimator": "stopped", "same_state": "text"}, "--same-state never"),
-        ({"estimator": "stopped", "strategy": "adaptive"}, "--no-pool-budget"),
+        ({"estimator": "backed_up", "same_state": "never"}, "--same-state at text or calls"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(lab, tmp_path, settings, message):
@@ -274,10 +274,26 @@ def test_settings_that_do_not_go_together_are_refused(lab, tmp_path, settings, m
         config(lab, tmp_path / "labels", **settings)
 
 
+def test_backed_up_labels_are_right(lab, tmp_path):
+    out = tmp_path / "labels"
+    settings = {"strategy": "adaptive", "estimator": "backed_up", "rollouts": 64}
+    settings |= {"same_state": "text", "samples": 2}
+    label(config(lab, out, **settings), engine=WalkerEngine(lab / "policy", ramble=0.3))
+    covered = []
+    for row in read_labels(out / "labels.parquet"):
+        good = "1+1" in row.trajectory.steps[0].text
+        truth = [START, *[GOOD if good else BAD] * (row.trajectory.num_steps - 1)]
+        low, high = row.labels.low, row.labels.high
+        covered += [lo <= v <= hi for v, lo, hi in zip(truth, low, high, strict=False)]
+        assert row.labels.values[-1] == row.trajectory.outcome
+    assert len(covered) > 25
+    assert sum(covered) / len(covered) > 0.75
+
+
 @pytest.mark.parametrize("estimator", ["ratio", "stopped"])
 def test_other_estimators_label_whole_runs(lab, tmp_path, estimator):
     out = tmp_path / "labels"
-    settings = {"strategy": "adaptive", "pool_budget": False, "estimator": estimator}
+    settings = {"strategy": "adaptive", "estimator": estimator}
     label(config(lab, out, **settings), engine=WalkerEngine(lab / "policy"))
     rows = read_labels(out / "labels.parquet")
     assert {row.labels.estimator for row in rows} == {estimator}
