@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -283,13 +283,15 @@ async def _loop(shop: _Workshop, start: int) -> None:
             clock.append(time.perf_counter())
 
             trajectories = [t for group in groups for t in group]
-            scores = _score(shop.scorer, trajectories)
+            scores, unscored = _score(shop.scorer, trajectories)
             clock.append(time.perf_counter())
 
             credit = assign_credit(
                 groups, scores, estimator=estimator, gae_lambda=_gae_lambda(config)
             )
             metrics = batch_metrics(trajectories, scores)
+            if scores is not None:
+                metrics["prm_unscored"] = float(unscored)
             metrics["groups_used"] = credit.groups_used / len(groups)
             metrics["learning_rate"] = set_learning_rate(learner, step, config.warmup_steps)
             if credit.rows:
@@ -349,12 +351,24 @@ def _specs(shop: _Workshop, step: int) -> list[EpisodeSpec]:
 
 def _score(
     scorer: Scorer | None, trajectories: Sequence[Trajectory]
-) -> dict[str, StepScores] | None:
-    """Score all trajectories that did not fail."""
+) -> tuple[dict[str, StepScores] | None, int]:
+    """Score all trajectories that did not fail; return also how many were too long for that.
+
+    A policy that babbles must not stop its own optimization: a trajectory that does not fit the
+    PRM keeps the value of its prompt throughout, so only its outcome tells its steps apart from
+    the others of its group.
+    """
     if scorer is None:
-        return None
+        return None, 0
     usable = [t for t in trajectories if not t.stop.failed]
-    return {s.trajectory_id: s for s in scorer.score(usable)}
+    fits = scorer.fits(usable)
+    shown = [t if fit else replace(t, steps=()) for t, fit in zip(usable, fits, strict=True)]
+    scores = {}
+    for trajectory, score in zip(usable, scorer.score(shown), strict=True):
+        repeats = trajectory.num_steps + 1 - len(score.values)
+        values = score.values + score.values[-1:] * repeats
+        scores[trajectory.trajectory_id] = replace(score, values=values)
+    return scores, fits.count(False)
 
 
 def _table(

@@ -153,6 +153,12 @@ class Scorer:
         """Turn trajectories into the token ids and positions the model is given."""
         return render(trajectories, self._checkpoint.tokenizer, position=self.position)
 
+    def fits(self, trajectories: Sequence[Trajectory]) -> list[bool]:
+        """Tell, for each trajectory, whether it is short enough to be scored."""
+        longest = self._max_length
+        rendered = self.render(trajectories)
+        return [longest is None or len(row.input_ids) <= longest for row in rendered]
+
     def score(
         self, trajectories: Sequence[Trajectory], *, calibrated: bool = True
     ) -> list[StepScores]:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from agent.engines.base import EngineError, EngineOptions, EngineStats
 from agent.engines.transformers import TransformersEngine
-from agent.setup import AgentConfig, open_agent
+from agent.setup import AgentConfig, load_tasks, open_agent
 from labeling.config import LabelConfig
 from labeling.run import label
 from policy.evaluate import EvaluateConfig, evaluate
@@ -26,8 +26,10 @@ from policy.rollout import episode_specs, load_pool, run_groups
 from policy.synthesize import SynthesizeConfig, synthesize
 from policy.tiny import make_tokenizer
 from policy.warmup import WarmupConfig, warmup
+from prm.score import Scorer
 from prm.train import TrainConfig, train
 from trajectory.errors import InputError
+from trajectory.records import StopReason, Trajectory
 from trajectory.run import read_manifest
 from trajectory.tracking import read_metrics
 
@@ -287,6 +289,24 @@ def test_the_outcome_estimator_may_be_watched_by_a_prm_without_using_it(policy, 
     optimize(config(policy, tmp_path / "watched", steps=1, prm=prm, advantage="outcome"))
     assert same(weights(tmp_path / "plain/policy"), weights(tmp_path / "watched/policy"))
     assert "prm_gap" in read_metrics(tmp_path / "watched")[0].metrics
+
+
+def test_episodes_too_long_for_the_prm_do_not_stop_the_run(policy, prm, tmp_path):
+    short = tmp_path / "short"
+    shutil.copytree(prm, short)
+    settings = json.loads((short / "config.json").read_text())
+    scorer = Scorer.load(prm, device="cpu")
+    (task,) = load_tasks(dataclasses.replace(agent_config(policy), num_tasks=1))
+    prompt = Trajectory(
+        trajectory_id="t", task=task, steps=(), stop=StopReason.MALFORMED, outcome=0.0
+    )
+    # Every prompt fits, but hardly a whole episode does.
+    settings["max_position_embeddings"] = len(scorer.render([prompt])[0].input_ids) + 20
+    (short / "config.json").write_text(json.dumps(settings))
+    optimize(config(policy, tmp_path / "run", prm=short))
+    unscored = [entry.metrics["prm_unscored"] for entry in read_metrics(tmp_path / "run")]
+    assert all(0 < count <= 8 for count in unscored)
+    assert not same(weights(policy), weights(tmp_path / "run/policy"))
 
 
 def test_a_prm_that_scores_correctness_is_no_potential(policy, prm, tmp_path):
