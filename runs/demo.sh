@@ -6,6 +6,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-runs/demo}
 test_tasks=500
+# Episodes take about 120 tokens; one that babbles on would hold up its whole batch.
+limit=(--max-context 512)
+# Small batches of rows of like length: on a CPU, less padding beats larger products.
+small=(--step-tokens 2048 --batch-tokens 1024)
 mkdir -p "$out"
 
 # run STAGE COMMAND...: print the command, run it, keep its seconds unless it had been done before
@@ -20,27 +24,27 @@ run() {
 }
 
 run synthesize policy synthesize --tasks arithmetic --num-tasks 2000 --out "$out/demonstrations"
-run warmup policy warmup --data "$out/demonstrations" --model tiny --step-tokens 2048 \
+run warmup policy warmup --data "$out/demonstrations" --model tiny "${small[@]}" \
     --out "$out/warmup"
 # Many states measured once teach a PRM more than few measured often, at the same cost
 # (docs/results/demo.md), because the loss is the likelihood of the counts.
 run label prm label --tasks arithmetic --first-task 2000 --num-tasks 2000 \
-    --policy "$out/warmup" --rollouts 1 --out "$out/labels"
-run train prm train --labels "$out/labels" --model "$out/warmup" --epochs 3 --step-tokens 2048 \
+    --policy "$out/warmup" --rollouts 1 "${limit[@]}" --out "$out/labels"
+run train prm train --labels "$out/labels" --model "$out/warmup" --epochs 3 "${small[@]}" \
     --out "$out/prm"
 run exact prm label --tasks arithmetic --split test --first-task 1000 --num-tasks 30 \
-    --policy "$out/warmup" --rollouts 64 --out "$out/exact"
+    --policy "$out/warmup" --rollouts 64 "${limit[@]}" --out "$out/exact"
 run held_out prm label --tasks arithmetic --split test --first-task 2000 --num-tasks 300 \
-    --policy "$out/warmup" --rollouts 1 --out "$out/held-out"
+    --policy "$out/warmup" --rollouts 1 "${limit[@]}" --out "$out/held-out"
 run score prm score --prm "$out/prm" --trajectories "$out/held-out/trajectories.jsonl" \
     --out "$out/scores.jsonl"
 run measure prm evaluate --prm "$out/prm" --labels "$out/exact"
 run measure_outcomes prm evaluate --prm "$out/prm" --labels "$out/held-out" \
     --out "$out/held-out/evaluation"
 run optimize policy optimize --policy "$out/warmup" --prm "$out/prm" --tasks arithmetic \
-    --steps 20 --out "$out/optimized"
+    --steps 20 --batch-tokens 1024 "${limit[@]}" --out "$out/optimized"
 run before policy evaluate --policy "$out/warmup" --tasks arithmetic --num-tasks $test_tasks \
-    --samples 1 --out "$out/before"
+    --samples 1 "${limit[@]}" --out "$out/before"
 run after policy evaluate --policy "$out/optimized/policy" --tasks arithmetic \
-    --num-tasks $test_tasks --samples 1 --out "$out/after"
+    --num-tasks $test_tasks --samples 1 "${limit[@]}" --out "$out/after"
 run report python -m benchmarks demo --run "$out"
