@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -20,14 +20,13 @@ from agent.episode import Agent
 from agent.setup import load_tasks, open_agent, sandbox_of
 from agent.tasks import parse_tasks
 from agent.tools import build_tools, check_tasks
-from agent.tools.base import SideEffect, Tool
 from labeling.backup import backed_up_labels
-from labeling.collect import Collector, Plan
+from labeling.collect import Collector
 from labeling.config import LabelConfig, parse_shard
 from labeling.estimators import BACKED_UP, STOPPED, label_steps
 from labeling.given import check_given, copy_given
 from labeling.ledger import Ledger
-from labeling.recorded import RecordedTool, recordings
+from labeling.setup import completer_of, plan_of, repeatable
 from labeling.stopping import stopped
 from labeling.trajectories import TrajectoryFile, measured_tasks
 from labeling.work import TaskWork
@@ -143,7 +142,7 @@ async def _label(
     """Collect what is missing and freeze the labels."""
     out = run.path
     async with open_agent(config.agent, engine=engine, run=run) as acting:
-        agent = _repeatable(acting, config)
+        agent = repeatable(acting, config)
         path = out / TRAJECTORIES
         cut = repair_tail(path)
         dropped_ids = 0
@@ -153,7 +152,7 @@ async def _label(
         tokens, busy, started = stats.generated_tokens, stats.busy_seconds, time.monotonic()
         prompt, cached = stats.prompt_tokens, stats.cached_prompt_tokens
         with (
-            Ledger(out / EVIDENCE, completer=_completer(agent)) as ledger,
+            Ledger(out / EVIDENCE, completer=completer_of(agent)) as ledger,
             TrajectoryFile(path) as trajectories,
         ):
             await _collect(config, tasks, agent, ledger, trajectories)
@@ -172,33 +171,6 @@ async def _label(
     )
 
 
-def _repeatable(agent: Agent, config: LabelConfig) -> Agent:
-    """Refuse tools whose calls cannot be repeated, or have them answered from the record."""
-    names = [tool.name for tool in agent.tools if tool.effect is SideEffect.IRREVERSIBLE]
-    if not names:
-        return agent
-    if config.observations == "executed" or config.trajectories is None:
-        raise InputError(
-            f"tools {', '.join(names)} change the world outside, so no state can be restored to "
-            "continue from: leave them out of --tools, or label recorded --trajectories with "
-            "--observations recorded"
-        )
-    tools: list[Tool] = []
-    for tool in agent.tools:
-        if tool.name in names:
-            given = read_jsonl(config.trajectories, Trajectory)
-            tools.append(RecordedTool(tool, recordings(given, tool.name)))
-        else:
-            tools.append(tool)
-    return replace(agent, tools=tuple(tools))
-
-
-def _completer(agent: Agent) -> str:
-    """Name the model and weights behind the rollouts."""
-    engine = agent.engine
-    return f"{engine.policy}@{engine.revision}" if engine.revision else engine.policy
-
-
 async def _collect(
     config: LabelConfig,
     tasks: Sequence[Task],
@@ -207,15 +179,6 @@ async def _collect(
     trajectories: TrajectoryFile,
 ) -> None:
     """Run every episode that is missing."""
-    plan = Plan(
-        strategy=config.strategy,
-        rollouts=config.rollouts,
-        samples=config.samples,
-        seed=config.seed,
-        same_state=config.same_state,
-        exclude_truncated=config.truncated == "exclude",
-        max_tokens=config.max_tokens,
-    )
     with ExitStack() as files:
         continuations = None
         if config.keep_continuations:
@@ -223,7 +186,11 @@ async def _collect(
             repair_tail(kept)
             continuations = files.enter_context(JsonlWriter(kept))
         collector = Collector(
-            agent, plan, ledger=ledger, trajectories=trajectories, continuations=continuations
+            agent,
+            plan_of(config),
+            ledger=ledger,
+            trajectories=trajectories,
+            continuations=continuations,
         )
         collector.prepare(tasks)
         done = ledger.totals.rollouts
