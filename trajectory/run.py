@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import Enum
@@ -147,6 +147,7 @@ def open_run(
     kind: str,
     config: Mapping[str, JsonValue],
     parents: Sequence[str | Path] = (),
+    free: Collection[str] = (),
 ) -> RunFolder:
     """Begin a run in a new folder, or resume the same run in its own.
 
@@ -162,6 +163,9 @@ def open_run(
     parents : sequence of str or Path, default=()
         Files and folders the run reads; hashed into the manifest. Paths that do not exist (hub
         ids) are recorded without a hash.
+    free : collection of str, default=()
+        Keys of ``config`` that may differ on resumption as well: they say how the work is carried
+        out, not what comes out. The manifest holds those of the latest start.
 
     Returns
     -------
@@ -193,7 +197,7 @@ def open_run(
         _check_folder(out)
         earlier = read_manifest(out) if (out / MANIFEST).exists() else None
         if earlier is not None:
-            _check_same(out, earlier, manifest)
+            _check_same(out, earlier, manifest, {"out", *free})
             manifest = replace(
                 manifest,
                 started=earlier.started,
@@ -316,12 +320,13 @@ def _lock_folder(out: Path) -> int:
         os.close(lock)  # a run that was refused removed the file between opening and locking
 
 
-def _check_same(out: Path, earlier: Manifest, now: Manifest) -> None:
-    """Refuse to resume a run that differs."""
-    difference = _first_difference(
-        {"kind": earlier.kind, **_without_out(earlier.config)},
-        {"kind": now.kind, **_without_out(now.config)},
+def _check_same(out: Path, earlier: Manifest, now: Manifest, free: Collection[str]) -> None:
+    """Refuse to resume a run that differs in more than the settings that are free to."""
+    old, new = (
+        {"kind": m.kind, **{name: value for name, value in m.config.items() if name not in free}}
+        for m in (earlier, now)
     )
+    difference = _first_difference(old, new)
     if difference is None:
         difference = _first_difference(
             {f"input {p.path}": p.sha256 for p in earlier.parents},
@@ -333,11 +338,6 @@ def _check_same(out: Path, earlier: Manifest, now: Manifest) -> None:
             f"{out} belongs to another run: {name} was {old}, now {new}; give another folder, or "
             "the same settings to resume"
         )
-
-
-def _without_out(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """Leave out where the run is kept."""
-    return {name: value for name, value in config.items() if name != "out"}
 
 
 def _first_difference(

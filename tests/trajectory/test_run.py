@@ -53,6 +53,19 @@ def test_a_moved_run_folder_resumes(tmp_path):
         assert run.resumed
 
 
+def test_settings_that_are_free_may_change_on_resumption_and_others_may_not(tmp_path):
+    finished_run(tmp_path, runner={"workers": 1})
+    now = CONFIG | {"runner": {"workers": 2}}
+    with open_run(tmp_path, kind="label", config=now, free=("runner",)) as run:
+        assert run.resumed
+    assert read_manifest(tmp_path).config["runner"] == {"workers": 2}
+    # A folder from before there was such a setting.
+    with open_run(tmp_path, kind="label", config=CONFIG, free=("runner",)) as run:
+        assert run.resumed
+    with pytest.raises(InputError, match="rollouts was 8, now 4"):
+        open_run(tmp_path, kind="label", config=now | {"rollouts": 4}, free=("runner",))
+
+
 @pytest.mark.parametrize(
     ("kind", "config", "message"),
     [
