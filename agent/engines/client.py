@@ -156,7 +156,10 @@ class Client:
     async def _get(self, url: str) -> bytes:
         """Fetch a small page."""
         async with self._session.get(url, allow_redirects=False) as response:
-            await _check_status(response)
+            try:
+                await _check_status(response)
+            except RequestRefused as error:
+                raise ServerFault(str(error)) from error
             return await response.read()
 
     def _fault(self, error: Exception, late: str | None = None) -> ServerFault:
@@ -168,9 +171,17 @@ class Client:
         if isinstance(error, aiohttp.ClientPayloadError):
             return ServerFault("broke off in the middle of an answer")
         if isinstance(error, aiohttp.ClientConnectorError):
-            cause = error.os_error
-            return ServerFault(f"no connection: {cause.strerror or cause}")
+            return ServerFault(f"no connection: {_cause(error.os_error)}")
+        if isinstance(error, aiohttp.ServerDisconnectedError):
+            return ServerFault("closed the connection without an answer")
+        if isinstance(error, OSError):
+            return ServerFault(f"broken connection: {_cause(error)}")
         return ServerFault(f"{type(error).__name__}: {error}")
+
+
+def _cause(error: OSError) -> str:
+    """Say what the operating system reported."""
+    return os.strerror(error.errno) if (error.errno or 0) > 0 else str(error)
 
 
 async def _check_status(response: aiohttp.ClientResponse) -> None:

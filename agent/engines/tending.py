@@ -28,8 +28,11 @@ _log = logging.getLogger(__name__)
 
 _MISSES = 3
 """Signs of life in a row that a server with work may fail to give."""
-_TRIAL_S = 30.0
-"""Time for one step of a trial, seconds."""
+_SILENT = "gave no sign of life while it had work"
+_IDENTIFY_S = 30.0
+"""Time for a server to say what it is, seconds."""
+_TOKEN_S = 120.0
+"""Time for the token of a trial, which may have to wait for its turn on a server full of work."""
 _TICK_S = 0.25
 _CERTAIN = 1e-3
 """A log-probability this close to 0 is that of the only token there was."""
@@ -165,7 +168,7 @@ class TendedFleet:
             this = asyncio.current_task()
             if call not in self._stalled or (this is not None and this.cancelling()):
                 raise
-            raise ServerFault("gave no sign of life while it had work") from None
+            raise ServerFault(_SILENT) from None
         finally:
             del self._calls[call]
             self._stalled.discard(call)
@@ -174,28 +177,35 @@ class TendedFleet:
 
     async def _tend(self, server: Server) -> None:
         """Try a server while it is out, and watch it while it is in, for ever."""
-        misses = 0
         while True:
-            if not server.is_in:
-                misses = 0
+            if server.is_in:
+                await self._watch(server)
+            else:
                 await asyncio.sleep(max(0.0, server.retry_at - time.monotonic()))
                 await self._try(server)
-                continue
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._servers.check_s):
-                    await self._news.wait()
-                    continue
-            if server.is_in and server.in_flight:
-                misses = misses + 1 if await self._is_silent(server) else 0
-            if misses >= _MISSES:
-                misses = 0
-                for call, owner in self._calls.items():
-                    if owner is server:
-                        self._stalled.add(call)
-                        call.cancel()
+
+    async def _watch(self, server: Server) -> None:
+        """Return once a server is out; take it out if it has work and gives no sign of life."""
+        misses = 0
+        while misses < _MISSES:
+            next_check = time.monotonic() + self._servers.check_s
+            while server.is_in and (left := next_check - time.monotonic()) > 0:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(left):
+                        await self._news.wait()
+            if not server.is_in:
+                return
+            misses = misses + 1 if server.in_flight and await self._is_silent(server) else 0
+        if server.is_in:
+            self._put_out(server, ServerFault(_SILENT), key=server.url)
+            _log.warning("the server %s is out (%s)", server.url, _SILENT)
+            for call, owner in self._calls.items():
+                if owner is server:
+                    self._stalled.add(call)
+                    call.cancel()
 
     async def _is_silent(self, server: Server) -> bool:
-        """Ask a server with work for a sign of life; return whether none came."""
+        """Ask a server for a sign of life; return whether none came."""
         try:
             await self._client.check_alive(server.url, within_s=self._servers.check_s)
         except ServerFault:
@@ -204,24 +214,31 @@ class TendedFleet:
 
     async def _try(self, server: Server) -> None:
         """Let a server in if it passes a trial."""
-        returning = server.outages > 0 and server.url not in self._untried
+        returning = server.url not in self._untried
         try:
             await self._pass_trial(server)
         except ServerFault as fault:
             if fault.misfit and self._misfit is None:
                 self._misfit = f"{server.url}: {fault}"
-            self._fleet.stay_out(
-                server,
-                str(fault),
-                now=time.monotonic(),
-                key=server.url,
-                retry_after_s=fault.retry_after_s,
-            )
+            self._put_out(server, fault, key=server.url)
+        except Exception as error:  # whatever it is, it must not end the tending
+            self._put_out(server, ServerFault(f"failed its trial: {error!r}"), key=server.url)
         else:
             self._fleet.came_back(server)
             if returning:
                 _log.warning("the server %s is in again", server.url)
         self._untried.discard(server.url)
+        self._announce()
+
+    def _put_out(self, server: Server, fault: ServerFault, *, key: str) -> None:
+        """Keep a server out for a time."""
+        self._fleet.stay_out(
+            server,
+            str(fault),
+            now=time.monotonic(),
+            key=key,
+            retry_after_s=fault.retry_after_s,
+        )
         self._announce()
 
     async def _pass_trial(self, server: Server) -> None:
@@ -232,7 +249,7 @@ class TendedFleet:
         ServerFault
             If it does not work or is not what the fleet needs.
         """
-        identity = await self._client.identify(server.url, within_s=_TRIAL_S)
+        identity = await self._client.identify(server.url, within_s=_IDENTIFY_S)
         self._check_identity(server.url, identity)
         # The only token that top-k 1 leaves has probability 1, unless the server reports the
         # distribution before temperature, top-k and top-p.
@@ -248,10 +265,10 @@ class TendedFleet:
         )
         draft = self._draft(request, identity.model)
         try:
-            async with asyncio.timeout(_TRIAL_S):
+            async with asyncio.timeout(_TOKEN_S):
                 await self._client.complete(server.url, draft)
         except TimeoutError:
-            raise ServerFault(f"wrote no token in {_TRIAL_S:.0f} s") from None
+            raise ServerFault(f"wrote no token in {_TOKEN_S:.0f} s") from None
         except RequestRefused as error:
             raise ServerFault(f"refuses the simplest request: {error}") from error
         if draft.generation().logprobs[0] < -_CERTAIN:

@@ -95,8 +95,6 @@ def test_a_server_that_dies_amid_the_run_changes_nothing(lab, whole, servers, tm
     assert anonymous(out) == anonymous(whole)
     assert written(out) == written(whole)
     assert report.counts["failed"] == 0
-    twice = servers[0].answered & servers[1].answered
-    assert not twice
     assert {rollout.completer for rollout in evidence(out).values()} == {f"{lab}/policy@tiny"}
 
 
