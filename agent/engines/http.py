@@ -204,3 +204,4 @@ class HttpEngine:
         await asyncio.gather(*others, return_exceptions=True)
         if self._client is not None:
             await self._client.close()
+            await asyncio.sleep(0.01)  # the loop closes the sockets in passes to come

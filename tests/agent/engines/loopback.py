@@ -82,6 +82,7 @@ class Loopback:
         self.alive = self.most_alive = 0
         self._port = 0
         self._runner: web.AppRunner | None = None
+        self._accepting: list[web.Server] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -102,6 +103,7 @@ class Loopback:
     def close(self) -> None:
         """Stop, and end the thread."""
         self.stop()
+        asyncio.run_coroutine_threadsafe(self._abort_late(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -115,6 +117,7 @@ class Loopback:
             app, handler_cancellation=True, access_log=None, shutdown_timeout=0.01
         )
         await self._runner.setup()
+        self._accepting.append(self._runner.server)
         site = web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True)
         await site.start()
         self._port = self._runner.addresses[0][1]
@@ -122,10 +125,20 @@ class Loopback:
     async def _stop(self):
         runner, self._runner = self._runner, None
         if runner is not None:
-            for connection in runner.server.connections:
+            self._abort()
+            await runner.cleanup()
+
+    async def _abort_late(self):
+        """End connections that were being accepted while the server was stopped."""
+        await asyncio.sleep(0.01)
+        self._abort()
+        await asyncio.sleep(0.01)
+
+    def _abort(self):
+        for server in self._accepting:
+            for connection in server.connections:
                 if connection.transport is not None:
                     connection.transport.abort()
-            await runner.cleanup()
 
     async def _health(self, request):
         while not self.healthy:
