@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +12,10 @@ from labeling.states import SameState
 from labeling.stopping import StoppingRule
 from labeling.strategies import Adaptive, Bisect, Fixed
 from trajectory.errors import InputError
+
+FREE_SETTINGS = ("runner",)
+"""Settings that say how a run is carried out, not what comes out: a run that is resumed and parts
+that are merged may have others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,42 @@ class StrategyConfig:
             raise InputError(f"--threshold must be in (0, 1), not {self.threshold}")
         if self.batch is not None and self.batch < 1:
             raise InputError(f"--batch must be >= 1, not {self.batch}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunnerConfig:
+    """Where episodes run. What comes out is the same, so a resumed run may change all of this."""
+
+    runner: Literal["local", "ray"] = "local"
+    """local: in this process. ray: in the workers of a Ray cluster, each with a copy of the policy
+    and tools of its own."""
+    ray_address: str = "auto-local"
+    """auto-local: a cluster on this machine, for as long as the command runs; auto: the one that
+    runs here; else HOST:PORT of its head."""
+    ray_workers: int | None = None
+    """Workers; one per node, or per GPU where they use some, when not given."""
+    ray_cpus: float = 1.0
+    """CPUs of the cluster that a worker takes."""
+    ray_gpus: float | None = None
+    """GPUs that a worker takes; when not given, 1 if the engine runs inside the worker
+    (transformers, vllm) and the cluster has any, else 0."""
+    ray_tasks_per_batch: int = 8
+    """Most tasks sent to a worker at a time; it works on two such batches at once."""
+
+    def __post_init__(self) -> None:
+        if self.ray_workers is not None and self.ray_workers < 1:
+            raise InputError(f"--ray-workers must be >= 1, not {self.ray_workers}")
+        if self.ray_tasks_per_batch < 1:
+            raise InputError(f"--ray-tasks-per-batch must be >= 1, not {self.ray_tasks_per_batch}")
+        if self.ray_cpus <= 0:
+            raise InputError(f"--ray-cpus must be > 0, not {self.ray_cpus}")
+        if self.ray_gpus is not None and self.ray_gpus < 0:
+            raise InputError(f"--ray-gpus must be >= 0, not {self.ray_gpus}")
+        if self.runner == "local":
+            for setting in fields(self):
+                if getattr(self, setting.name) != setting.default:
+                    flag = f"--{setting.name.replace('_', '-')}"
+                    raise InputError(f"{flag} goes with --runner ray: add that, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +119,8 @@ class LabelConfig:
     """Whether a rollout cut off by a limit counts as wrong, or not at all."""
     seed: int = 0
     """Makes runs differ; the same seed gives the same rollouts."""
+    runner: RunnerConfig = RunnerConfig()
+    """Where episodes run."""
 
     def __post_init__(self) -> None:
         if self.rollouts < 1:
@@ -109,6 +151,11 @@ class LabelConfig:
             raise InputError("--max-rollouts must be at least --rollouts")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise InputError("--max-tokens must be >= 1")
+        if self.max_tokens is not None and self.runner.runner == "ray":
+            raise InputError(
+                "--max-tokens is counted in one process, so it does not go with --runner ray: "
+                "leave one of them out"
+            )
         parse_shard(self.shard)
         if self.estimator == BACKED_UP and self.same_state == "never":
             raise InputError(

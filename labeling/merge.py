@@ -11,7 +11,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from agent.setup import AgentConfig
-from labeling.config import LabelConfig, StrategyConfig, parse_shard
+from labeling.config import FREE_SETTINGS, LabelConfig, StrategyConfig, parse_shard
 from labeling.ledger import Ledger, Rollout
 from labeling.run import EVIDENCE, TRAJECTORIES, freeze
 from labeling.trajectories import TrajectoryFile
@@ -66,7 +66,11 @@ def merge(config: MergeConfig) -> dict[str, int]:
     completer = _completer(config.parts)
     inputs = {parent.path for parent in manifests[0].parents}
     with open_run(
-        config.out, kind="label", config=config_dict(merged), parents=sorted(inputs)
+        config.out,
+        kind="label",
+        config=config_dict(merged),
+        parents=sorted(inputs),
+        free=FREE_SETTINGS,
     ) as run:
         for name in (TRAJECTORIES, EVIDENCE):
             (config.out / name).unlink(missing_ok=True)  # of an earlier start: quickly redone
@@ -94,9 +98,10 @@ def merge(config: MergeConfig) -> dict[str, int]:
 
 
 def label_config(settings: dict[str, Any], *, out: Path) -> LabelConfig:
-    """Make the settings of ``prm label`` from those in a manifest, without the shard."""
+    """Make the settings of ``prm label`` from those in a manifest, but for shard and runner."""
     agent = {**settings["agent"], "tools": tuple(settings["agent"]["tools"])}
-    rest = {name: value for name, value in settings.items() if name not in ("agent", "shard")}
+    left_out = ("agent", "shard", *FREE_SETTINGS)
+    rest = {name: value for name, value in settings.items() if name not in left_out}
     given = rest.get("trajectories")
     rest |= {"out": out, "trajectories": None if given is None else Path(given)}
     rest["plan"] = StrategyConfig(**settings["plan"])
@@ -118,10 +123,11 @@ def _read_part(part: Path) -> Manifest:
 
 
 def _common_settings(parts: Sequence[Path], manifests: Sequence[Manifest]) -> dict[str, Any]:
-    """Return the settings that the parts have in common; they may differ in place and shard."""
+    """Return the settings in common; parts may differ in place, shard and how they were run."""
 
     def essential(manifest: Manifest) -> dict[str, JsonValue]:
-        return {k: v for k, v in manifest.config.items() if k not in ("out", "shard")}
+        free = ("out", "shard", *FREE_SETTINGS)
+        return {k: v for k, v in manifest.config.items() if k not in free}
 
     first = essential(manifests[0])
     for part, manifest in zip(parts, manifests, strict=True):

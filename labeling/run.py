@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from agent.chat import ChatFormat
 from agent.engines import check_engine
 from agent.engines.base import Engine
 from agent.episode import Agent
@@ -22,10 +23,12 @@ from agent.tasks import parse_tasks
 from agent.tools import build_tools, check_tasks
 from labeling.backup import backed_up_labels
 from labeling.collect import Collector
-from labeling.config import LabelConfig, parse_shard
+from labeling.config import FREE_SETTINGS, LabelConfig, parse_shard
 from labeling.estimators import BACKED_UP, STOPPED, label_steps
 from labeling.given import check_given, copy_given
+from labeling.intake import Intake
 from labeling.ledger import Ledger
+from labeling.ray_runner import check_ray, collect_on_ray
 from labeling.setup import completer_of, plan_of, repeatable
 from labeling.stopping import stopped
 from labeling.trajectories import TrajectoryFile, measured_tasks
@@ -58,6 +61,8 @@ class LabelReport:
     """Tokens given to the engine in this start."""
     cached_prompt_tokens: int = 0
     """Those of them that it had in its cache; 0 also where it cannot tell."""
+    workers: int = 1
+    """Processes that ran the policy."""
     already_finished: bool = False
     """Whether there was nothing left to do."""
 
@@ -70,7 +75,8 @@ def label(config: LabelConfig, *, engine: Engine | None = None) -> LabelReport:
     config : LabelConfig
         Resolved flags.
     engine : Engine, optional
-        Use this engine, and leave it open, instead of making the one the config names.
+        Use this engine, and leave it open, instead of making the one the config names; on a
+        cluster every worker uses a copy of it.
 
     Returns
     -------
@@ -87,13 +93,20 @@ def label(config: LabelConfig, *, engine: Engine | None = None) -> LabelReport:
     tasks = _check_inputs(config)[index::parts]
     finished = _finished_counts(config.out)
     with open_run(
-        config.out, kind="label", config=config_dict(config), parents=_parents(config)
+        config.out,
+        kind="label",
+        config=config_dict(config),
+        parents=_parents(config),
+        free=FREE_SETTINGS,
     ) as run:
         if finished is not None:
             run.finish(finished)
             console.print(f"{config.out} is finished already: nothing left to do", soft_wrap=True)
             return LabelReport(counts=finished, already_finished=True)
-        report = asyncio.run(_label(config, tasks, run, engine))
+        if config.runner.runner == "ray":
+            report = _label_on_ray(config, tasks, run, engine)
+        else:
+            report = asyncio.run(_label(config, tasks, run, engine))
         run.finish(report.counts)
     _show(report, console)
     return report
@@ -106,6 +119,8 @@ def _check_inputs(config: LabelConfig) -> list[Task]:
     tools = config.agent.tools or domain.default_tools
     build_tools(tools, sandbox)
     check_engine(config.agent.engine)
+    if config.runner.runner == "ray":
+        check_ray()
     if config.trajectories is not None:
         check_given(config.trajectories, domain.name)
         given = read_jsonl(config.trajectories, Trajectory)
@@ -168,6 +183,35 @@ async def _label(
         cached_prompt_tokens=stats.cached_prompt_tokens - cached,
         tokens=stats.generated_tokens - tokens,
         busy_seconds=stats.busy_seconds - busy,
+    )
+
+
+def _label_on_ray(
+    config: LabelConfig, tasks: Sequence[Task], run: RunFolder, engine: Engine | None
+) -> LabelReport:
+    """Collect what is missing on a Ray cluster and freeze the labels."""
+    out = run.path
+    cut, dropped_ids = repair_tail(out / TRAJECTORIES), 0
+    if config.trajectories is not None:
+        chat = ChatFormat.load(config.agent.policy, tools=(), kind=config.agent.chat_format)
+        dropped_ids = copy_given(config.trajectories, out / TRAJECTORIES, chat)
+    with Intake(config, run, (TRAJECTORIES, EVIDENCE, CONTINUATIONS)) as intake:
+        started = time.monotonic()
+        workers = collect_on_ray(config, tasks, intake, engine=engine)
+        seconds = time.monotonic() - started
+        counts = freeze(config, intake.ledger, intake.trajectories, out)
+        counts["cut_lines"] = cut + intake.cut_lines
+        counts["duplicate_lines"] = intake.ledger.duplicates
+    counts["trajectories_reencoded"] = dropped_ids
+    totals = intake.totals
+    return LabelReport(
+        counts=counts,
+        seconds=seconds,
+        prompt_tokens=totals.prompt_tokens,
+        cached_prompt_tokens=totals.cached_prompt_tokens,
+        tokens=totals.generated_tokens,
+        busy_seconds=totals.busy_seconds,
+        workers=workers,
     )
 
 
@@ -290,10 +334,13 @@ def _show(report: LabelReport, console: Console) -> None:
         "tool calls": f"{counts['tool_calls']}",
         "seconds, this start": f"{report.seconds:.1f}",
     }
+    if report.workers > 1:
+        lines["workers"] = f"{report.workers}"
     if report.seconds > 0:
         lines["tokens per second"] = f"{report.tokens / report.seconds:.0f}"
         if report.busy_seconds:
-            lines["engine busy"] = f"{report.busy_seconds / report.seconds:.0%}"
+            share = report.busy_seconds / report.seconds / report.workers
+            lines["engine busy"] = f"{share:.0%}"
     if report.cached_prompt_tokens:
         share = report.cached_prompt_tokens / report.prompt_tokens
         lines["prompt tokens from the cache"] = f"{share:.0%}"
