@@ -322,11 +322,12 @@ def _lock_folder(out: Path) -> int:
 
 def _check_same(out: Path, earlier: Manifest, now: Manifest, free: Collection[str]) -> None:
     """Refuse to resume a run that differs in more than the settings that are free to."""
-    identities = [
-        {"kind": m.kind, **{name: value for name, value in m.config.items() if name not in free}}
-        for m in (earlier, now)
-    ]
-    difference = _first_difference(*identities)
+
+    def identity(manifest: Manifest) -> dict[str, Any]:
+        fixed = {name: value for name, value in manifest.config.items() if name not in free}
+        return {"kind": manifest.kind, **fixed}
+
+    difference = _first_difference(identity(earlier), identity(now))
     if difference is None:
         difference = _first_difference(
             {f"input {p.path}": p.sha256 for p in earlier.parents},
