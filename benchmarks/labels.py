@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.label_errors import FAILURES, first_errors
+from benchmarks.label_errors import FAILURES, first_errors, recovery_errors
 from benchmarks.label_pool import TaskPool, load_pool
 from labeling.backup import moment_interval, tree_posterior
 from labeling.estimators import ESTIMATORS, Estimate
@@ -102,6 +102,7 @@ def study(config: LabelStudyConfig) -> dict[str, object]:
         "arms": rows,
         "cost_of_reference_error": _costs(rows),
         "first_error": first_errors(wide, seeds=config.seeds),
+        "first_error_recovering": recovery_errors(),
     }
     with atomic_path(config.out.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(report, indent=1) + "\n")
@@ -290,4 +291,12 @@ def _show(report: Mapping[str, object]) -> None:
         shares = ["" if r[k] is None else f"{r[k]:.3f}" for k in ("wrong", "wrong_recovering")]
         counts = f"{r['trajectories']} ({r['recovering']} recover)"
         table.add_row(r["method"], str(r["failures"]), *shares, counts, f"{r['tokens']:.0f}")
+    console.print(table)
+    table = Table("made-up trajectories: recovery", "search", "wrong", "states measured")
+    searches = report["first_error_recovering"]
+    assert isinstance(searches, list)
+    for r in searches:
+        table.add_row(
+            str(r["recovery"]), r["method"], f"{r['wrong']:.3f}", f"{r['states']:.1f} of 12"
+        )
     console.print(table)
