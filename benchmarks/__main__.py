@@ -18,11 +18,6 @@ COMMANDS = {
         "benchmarks.labels:study",
         "label error against tokens, for every strategy and estimator",
     ),
-    "kills": Command(
-        "benchmarks.kills:KillsConfig",
-        "benchmarks.kills:kills",
-        "labelling runs killed at random moments, resumed, and compared",
-    ),
     "branching": Command(
         "benchmarks.branching:BranchingConfig",
         "benchmarks.branching:branching",

@@ -12,14 +12,22 @@ import os
 import time
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeAlias
 
 from trajectory.errors import InputError
 from trajectory.records import StopReason
-from trajectory.store import JsonlWriter, read_at, read_jsonl, read_offsets, repair_tail
+from trajectory.store import (
+    JsonlWriter,
+    encode_line,
+    read_at,
+    read_jsonl,
+    read_offsets,
+    repair_tail,
+)
 
 SYNC_EVERY_S = 5.0
 """Longest time between two ``fsync`` while lines are written, seconds."""
@@ -64,6 +72,8 @@ class Rollout:
     reached: tuple[str, ...] = ()
     """Digests of the states it came through after the prefix, its end aside: see
     `labeling.states`. Of those that its task's trajectories share, it is a rollout as well."""
+    check: str = ""
+    """Hash of all other fields, put in by the ledger: a line that was edited says so."""
 
     def __post_init__(self) -> None:
         if (self.trajectory_id is None) != (self.prefix == 0):
@@ -94,6 +104,30 @@ class Rollout:
     def settled(self) -> bool:
         """Whether this is the rollout's last attempt."""
         return not self.stop.failed or self.attempt == ATTEMPTS - 1
+
+
+def sealed(rollout: Rollout) -> Rollout:
+    """Return the rollout with its ``check``."""
+    content = encode_line(replace(rollout, check=""))
+    return replace(rollout, check=blake2b(content, digest_size=4).hexdigest())
+
+
+def read_rollouts(path: Path) -> Iterator[tuple[int, Rollout]]:
+    """Read a ledger, each rollout with the byte at which its line begins.
+
+    Raises
+    ------
+    InputError
+        If a line is malformed, or was changed after it was written; the message has its number.
+    """
+    for ordinal, (offset, rollout) in enumerate(read_offsets(path, Rollout)):
+        if rollout.check and rollout != sealed(rollout):
+            raise InputError(
+                f"{path}, line {line_number(path, ordinal)}: rollout {rollout.rollout} of "
+                f"{rollout.state[0]!r} after step {rollout.prefix} was changed after it was "
+                "written: remove the line to have it run again"
+            )
+        yield offset, rollout
 
 
 @dataclass(kw_only=True, slots=True)
@@ -236,7 +270,7 @@ class Ledger:
         tally = self._tallies.setdefault(rollout.state, Tally())
         if tally.has(rollout):
             raise ValueError(f"rollout {rollout.rollout} of {rollout.state} is already there")
-        offset = self._writer.append(rollout)
+        offset = self._writer.append(sealed(rollout))
         self._offsets.setdefault(rollout.task_id, array("Q")).append(offset)
         tally.add(rollout)
         self.totals.add(rollout)
@@ -283,7 +317,7 @@ def _read(path: Path, completer: str) -> _Contents:
     """Count a ledger; repeated lines are compared with their first occurrence in a second pass."""
     contents = _Contents()
     repeated: dict[tuple[State, int, bool], list[tuple[int, Rollout]]] = {}
-    for ordinal, (offset, rollout) in enumerate(read_offsets(path, Rollout)):
+    for ordinal, (offset, rollout) in enumerate(read_rollouts(path)):
         if rollout.completer != completer:
             raise InputError(
                 f"{path}, line {line_number(path, ordinal)}: a rollout by "

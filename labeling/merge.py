@@ -12,7 +12,7 @@ from tyro.conf import Positional
 
 from agent.setup import AgentConfig
 from labeling.config import FREE_SETTINGS, LabelConfig, StrategyConfig, parse_shard
-from labeling.ledger import Ledger, Rollout
+from labeling.ledger import Ledger, Rollout, read_rollouts
 from labeling.run import EVIDENCE, TRAJECTORIES, freeze
 from labeling.trajectories import TrajectoryFile
 from trajectory.errors import InputError
@@ -182,7 +182,7 @@ def _add_trajectories(trajectories: TrajectoryFile, part: Path) -> int:
 def _add_rollouts(ledger: Ledger, part: Path) -> int:
     """Add the rollouts of a part; return how many were there already."""
     duplicates = 0
-    for rollout in read_jsonl(part / EVIDENCE, Rollout):
+    for _, rollout in read_rollouts(part / EVIDENCE):
         if rollout.completer != ledger.completer:
             raise InputError(
                 f"{part / EVIDENCE} holds rollouts by {rollout.completer!r}, an earlier part by "

@@ -65,11 +65,16 @@ def read_jsonl(
     InputError
         If the file is missing, or a line is not a record; the message has file and line number.
     """
+    return _read_lines(_existing(path), cls, tail)
+
+
+def _existing(path: str | Path) -> Path:
+    """Refuse a path that is no file."""
     path = Path(path)
     if not path.is_file():
         kind = "is a folder, not a JSONL file" if path.is_dir() else "does not exist"
         raise InputError(f"{path} {kind}: give the path of an existing .jsonl file")
-    return _read_lines(path, cls, tail)
+    return path
 
 
 def read_at(path: str | Path, cls: type[RecordT], offsets: Iterable[int]) -> Iterator[RecordT]:
@@ -104,7 +109,7 @@ def read_offsets(path: str | Path, cls: type[RecordT]) -> Iterator[tuple[int, Re
     InputError
         As `read_jsonl`.
     """
-    path = Path(path)
+    path = _existing(path)
     with path.open("rb") as file:
         offset = 0
         for number, line in enumerate(file, start=1):

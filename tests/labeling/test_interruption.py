@@ -49,6 +49,23 @@ def read_whole(path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("run", range(int(os.environ.get("KILLED_RUNS", "5"))))
+def test_a_run_killed_anywhere_ends_as_an_unbroken_one(lab, finished, tmp_path, start, run):
+    out, dice = tmp_path / "labels", Random(100 + run)
+    whole = evidence(finished[0])
+    process = start(out, tmp_path / "errors")
+    wait_for_lines(out / "evidence.jsonl", dice.randrange(len(whole)), process)
+    time.sleep(dice.random() * 0.02)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "errors").read_text()
+    label(config(lab, out, samples=2), engine=WalkerEngine(lab / "policy"))
+    lines = read_whole(out / "evidence.jsonl")
+    assert len(lines) == len(whole)
+    assert evidence(out) == whole
+
+
+@pytest.mark.slow
 def test_kill_9_at_any_moment_loses_and_doubles_nothing(lab, finished, tmp_path, start):
     out, dice = tmp_path / "labels", Random(3)
     for kill in range(6):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from labeling import ledger as ledger_module
-from labeling.ledger import Ledger, Rollout, Tally
+from labeling.ledger import Ledger, Rollout, Tally, sealed
 from trajectory.errors import InputError
 from trajectory.records import StopReason
 from trajectory.store import JsonlWriter, encode_line, read_jsonl
@@ -132,7 +132,19 @@ def test_a_line_is_in_the_file_when_append_returns(tmp_path):
     path = tmp_path / "evidence.jsonl"
     with Ledger(path, completer="m") as ledger:
         ledger.append(rollout(0))
-        assert path.read_bytes() == encode_line(rollout(0))
+        assert path.read_bytes() == encode_line(sealed(rollout(0)))
+
+
+def test_a_line_that_was_edited_is_named(tmp_path):
+    path = tmp_path / "evidence.jsonl"
+    written(path, [sealed(rollout(0)), sealed(rollout(1, outcome=0.0))])
+    path.write_bytes(path.read_bytes().replace(b'"outcome":0.0', b'"outcome":1.0'))
+    with pytest.raises(InputError, match=r"line 2: rollout 1 of 'task/0' .* was changed after"):
+        Ledger(path, completer="m")
+    older = tmp_path / "older.jsonl"  # lines from before there was a check
+    written(older, [rollout(0)])
+    with Ledger(older, completer="m") as ledger:
+        assert ledger.totals.rollouts == 1
 
 
 def test_lines_reach_the_disk_within_the_stated_time_and_at_the_end(tmp_path, monkeypatch):

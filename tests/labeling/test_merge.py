@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from labeling.ledger import Rollout
+from labeling.ledger import Rollout, sealed
 from labeling.merge import MergeConfig, merge
 from labeling.run import label
 from tests.labeling.folders import config, evidence, timeless
@@ -30,7 +30,7 @@ def parts(lab, tmp_path):
 def rewrite(path, change):
     """Change the first line of an evidence file."""
     first, *rest = read_jsonl(path, Rollout)
-    write_jsonl(path, [change(first), *rest])
+    write_jsonl(path, [sealed(change(first)), *rest])
 
 
 def test_two_shards_merged_equal_one_run(lab, parts, finished, tmp_path):
