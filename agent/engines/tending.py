@@ -31,13 +31,15 @@ _MISSES = 3
 _SILENT = "gave no sign of life while it had work"
 _IDENTIFY_S = 30.0
 """Time for a server to say what it is, seconds."""
-_TOKEN_S = 120.0
-"""Time for the token of a trial, which may have to wait for its turn on a server full of work."""
+_TRIAL_S = 120.0
+"""Time for the tokens of a trial, which may have to wait on a server that is full of work."""
 _TICK_S = 0.25
 _CERTAIN = 1e-3
 """A log-probability this close to 0 is that of the only token there was."""
 _TRIAL_PROMPT = 4
 """Ids of the prompt of a trial; with random ones no model is certain how to go on."""
+_TRIAL_TOKENS = 8
+"""Tokens of a trial: at one of them two could be equally likely, in bfloat16 above all."""
 _COMMON_IDS = 10_000
 """Ids below this are text in any vocabulary, ids near its end may stand for images."""
 
@@ -242,7 +244,7 @@ class TendedFleet:
         self._announce()
 
     async def _pass_trial(self, server: Server) -> None:
-        """Check what a server is and have it write one token.
+        """Check what a server is and have it write a few tokens.
 
         Raises
         ------
@@ -251,27 +253,29 @@ class TendedFleet:
         """
         identity = await self._client.identify(server.url, within_s=_IDENTIFY_S)
         self._check_identity(server.url, identity)
-        # The only token that top-k 1 leaves has probability 1, unless the server reports the
-        # distribution before temperature, top-k and top-p.
+        length = min(_TRIAL_PROMPT, self._max_context - 1)
         request = GenerateRequest(
             request_id=f"trial/{server.outages}",
             prompt_ids=tuple(
                 derive_seed("trial", place) % min(self._vocabulary, _COMMON_IDS)
-                for place in range(min(_TRIAL_PROMPT, self._max_context - 1))
+                for place in range(length)
             ),
-            sampling=Sampling(max_tokens=1, top_k=1),
+            sampling=Sampling(max_tokens=_TRIAL_TOKENS, top_k=1),
             seed=0,
             stop_ids=(),
         )
         draft = self._draft(request, identity.model)
         try:
-            async with asyncio.timeout(_TOKEN_S):
+            async with asyncio.timeout(_TRIAL_S):
                 await self._client.complete(server.url, draft)
         except TimeoutError:
-            raise ServerFault(f"wrote no token in {_TOKEN_S:.0f} s") from None
+            raise ServerFault(f"wrote no {_TRIAL_TOKENS} tokens in {_TRIAL_S:.0f} s") from None
         except RequestRefused as error:
             raise ServerFault(f"refuses the simplest request: {error}") from error
-        if draft.generation().logprobs[0] < -_CERTAIN:
+        # The only token that top-k 1 leaves has probability 1, unless the server reports the
+        # distribution before temperature, top-k and top-p.
+        certain = [logprob > -_CERTAIN for logprob in draft.generation().logprobs]
+        if 2 * sum(certain) < len(certain):
             raise ServerFault(
                 "does not report the probabilities it samples with: start it with "
                 "--logprobs-mode processed_logprobs",

