@@ -181,7 +181,8 @@ class Client:
 
 def _cause(error: OSError) -> str:
     """Say what the operating system reported."""
-    return os.strerror(error.errno) if (error.errno or 0) > 0 else str(error)
+    number = error.errno or 0
+    return os.strerror(number) if number > 0 else str(error)  # look-ups of names count below 0
 
 
 async def _check_status(response: aiohttp.ClientResponse) -> None:
