@@ -5,6 +5,7 @@ import importlib.util
 import logging
 import threading
 import time
+import urllib.request
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from agent.engines import build_engine
-from agent.engines.base import EngineOptions
+from agent.engines.base import EngineError, EngineOptions
 from agent.setup import AgentConfig
 from labeling.config import LabelConfig
 from labeling.ledger import Rollout
@@ -103,19 +104,56 @@ def test_a_prefix_of_one_task_is_computed_once(engine):
     assert engine.stats.cached_prompt_tokens >= before + 2 * 256
 
 
-def test_a_cancelled_request_leaves_the_server_to_others(engine):
+def test_cancelled_requests_end_on_the_servers_too(engine, servers):
+    before = count(servers, "generation_tokens_total")
+
     async def main():
         asking = [
-            asyncio.create_task(engine.generate(request([1, 2, n], max_tokens=400)))
+            asyncio.create_task(engine.generate(request([1, 2, n], max_tokens=450)))
             for n in range(32)
         ]
-        await asyncio.sleep(0.2)
+        while count(servers, "num_requests_running") < 32:
+            await asyncio.sleep(0.05)
         for task in asking:
             task.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
-        return await engine.generate(request([3, 4]))
+        # The servers count when they compute, so each gets something to do.
+        small = [replace(request([3, n]), affinity=str(n)) for n in range(20)]
+        return await asyncio.gather(*(engine.generate(one) for one in small))
 
-    assert len(asyncio.run(main()).token_ids) == 20
+    assert [len(turn.token_ids) for turn in asyncio.run(main())] == [20] * 20
+    while count(servers, "num_requests_running"):
+        time.sleep(0.1)
+    assert count(servers, "generation_tokens_total") - before < 32 * 450 / 2
+
+
+def count(servers, name: str) -> float:
+    """A number that the servers publish, summed over them."""
+    total = 0.0
+    for server in servers:
+        with urllib.request.urlopen(f"{server.url}/metrics") as page:
+            for line in page.read().decode().splitlines():
+                if line.startswith(f"vllm:{name}{{"):
+                    total += float(line.split()[-1])
+    return total
+
+
+def test_a_request_that_vllm_refuses_is_an_error_with_its_sentence(engine):
+    with pytest.raises(EngineError, match="refuses request r0: 400 .*out-of-vocab"):
+        run_all(engine, [request([1, 2], stop=(10**9,))])
+
+
+def test_what_streaming_costs(engine):
+    """Prints the numbers of docs/fleets.md."""
+    whole = [request(p, seed=n, max_tokens=100) for n, p in enumerate(prompts(64, low=20))]
+    streamed = [replace(one, stop_when=lambda ids: False) for one in whole]
+    for name, requests in [("in one piece", whole), ("streamed", streamed)]:
+        began, busy = time.perf_counter(), time.process_time()
+        turns = run_all(engine, requests)
+        seconds, cpu = time.perf_counter() - began, time.process_time() - busy
+        tokens = sum(len(turn.token_ids) for turn in turns)
+        assert tokens == 6400
+        print(f"{name}: {tokens / seconds:.0f} tokens/s, {1e6 * cpu / tokens:.0f} us/token here")
 
 
 def test_a_labelling_run_survives_the_death_of_a_server(name, servers, folder, tmp_path, caplog):
