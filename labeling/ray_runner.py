@@ -13,6 +13,7 @@ import importlib.util
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ from trajectory.records import Task
 
 BATCHES_AT_ONCE = 2
 """Batches that a worker has at a time."""
+CONNECT_WITHIN_S = 10.0
+"""Longest wait for a cluster's head to accept a connection, seconds."""
 PASS_BYTES = 256 * 2**20
 """Most text sent to the cluster in one pass, so that memory does not grow with the run; more
 follows in the next pass."""
@@ -155,16 +158,14 @@ def _connected(runner: RunnerConfig) -> Iterator[None]:
     if ray.is_initialized():  # a program that calls `label` has chosen its cluster
         yield
         return
-    here = runner.ray_address == "auto-local"
-    own: dict[str, Any] = {"address": "local", "include_dashboard": False}
+    where: dict[str, Any] = {"address": runner.ray_address}
+    if runner.ray_address == "auto-local":
+        where = {"address": "local", "include_dashboard": False}
     before = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(
-            **(own if here else {"address": runner.ray_address}),
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        _knock(runner.ray_address)
+        ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError, ValueError) as error:
         raise InputError(
             f"cannot reach the Ray cluster --ray-address {runner.ray_address}: {_first_line(error)}"
         ) from error
@@ -176,6 +177,24 @@ def _connected(runner: RunnerConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Fail at once if nothing listens at an address: Ray itself tries for minutes.
+
+    Raises
+    ------
+    OSError
+        If it cannot be connected to.
+    ValueError
+        If it is not of the form HOST:PORT.
+    """
+    if address in ("auto", "auto-local"):
+        return
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal()) or "/" in host:
+        raise ValueError("give HOST:PORT of the head node, auto or auto-local")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_WITHIN_S).close()
 
 
 def _quiet_ray() -> None:

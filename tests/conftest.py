@@ -22,6 +22,7 @@ if threading.current_thread() is threading.main_thread():
 GROUPS = {
     "vllm": re.compile(r"test_(http_)?vllm\.py|test_engines\.py.*vllm"),
     "hostile": re.compile(r"test_hostile\.py"),
+    "ray": re.compile(r"test_ray\.py"),
 }
 
 REPOSITORY = Path(__file__).resolve().parents[1]
