@@ -35,6 +35,7 @@ from labeling.parcels import (
     pack,
     unpack_lines,
 )
+from labeling.scratch import Scratch
 from labeling.setup import completer_of, plan_of, repeatable
 from labeling.trajectories import TrajectoryFile
 from trajectory.command import quiet_libraries
@@ -68,6 +69,7 @@ class LabelWorker:
         quiet_libraries()
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self._config, self._engine = config, engine
+        self._scratch = Scratch("prm-label-")
         self._loop = asyncio.new_event_loop()
         self._thread = Thread(target=self._loop.run_forever, name="episodes", daemon=True)
         self._thread.start()
@@ -90,7 +92,7 @@ class LabelWorker:
             worker gave up.
         """
         orders = [order for text in batch["orders"] for order in unpack_lines(Order, str(text))]
-        with TemporaryDirectory(prefix="prm-label-", ignore_cleanup_errors=True) as folder:
+        with TemporaryDirectory(dir=self._scratch.path, ignore_cleanup_errors=True) as folder:
             desk = Desk(Path(folder), orders)
             work = self._submit(self._label(orders, desk))
             try:
@@ -112,6 +114,7 @@ class LabelWorker:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(timeout=CLOSE_WITHIN_S)
             self._loop.close()
+            self._scratch.close()
 
     def __del__(self) -> None:
         """Release the engine: Ray Data drops its workers once no batch is left."""
