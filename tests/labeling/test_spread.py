@@ -6,13 +6,15 @@ from dataclasses import replace
 
 import pytest
 
+from agent.chat import ChatFormat
 from agent.setup import load_tasks
 from labeling.config import RunnerConfig
+from labeling.given import copy_given
 from labeling.intake import Intake
 from labeling.ledger import Rollout
 from labeling.parcels import Parcel, pack_lines, unpack, unpack_lines
 from labeling.ray_worker import LabelWorker
-from labeling.run import CONTINUATIONS, EVIDENCE, TRAJECTORIES
+from labeling.run import CONTINUATIONS, EVIDENCE, TRAJECTORIES, label
 from tests.labeling.folders import config, evidence, timeless, trajectories
 from tests.labeling.walker import WalkerEngine
 from trajectory.errors import InputError
@@ -141,6 +143,23 @@ def test_a_lost_trajectory_takes_its_rollouts_with_it(settings, tasks, intake):
     intake.take(replace(parcel, trajectories=""), Bar())
     assert {rollout.prefix for rollout in evidence(settings.out).values()} == {0}
     assert len(list(intake.missing(tasks))) == 6
+
+
+def test_given_trajectories_are_labelled_as_in_one_process(lab, finished, tmp_path):
+    given = finished[0] / TRAJECTORIES
+    here = config(lab, tmp_path / "here", trajectories=given)
+    label(here, engine=WalkerEngine(lab / "policy"))
+    there = replace(here, out=tmp_path / "there")
+    with open_run(there.out, kind="label", config={}) as run:
+        copy_given(given, there.out / TRAJECTORIES, ChatFormat.load(here.agent.policy, tools=()))
+        with Intake(there, run, NAMES) as intake:
+            orders = list(intake.missing([]))
+            assert not any(order.sample for order in orders)
+            for parcel in work(there, orders):
+                assert parcel.trajectories == ""
+                intake.take(parcel, Bar())
+            assert list(intake.missing([])) == []
+    assert evidence(there.out) == evidence(here.out)
 
 
 def test_continuations_are_kept_once_and_only_with_their_rollout(lab, tasks, tmp_path):
