@@ -51,7 +51,7 @@ def start(lab, cluster):
         plan = "--same-state never --samples 2 --concurrency 16"
         limits = "--max-steps 6 --max-turn-tokens 200"
         spread = f"--runner ray --ray-address {cluster.address} --ray-tasks-per-batch 1"
-        arguments = (2.0, f"{flags} {plan} {limits} {spread}".split(), errors)
+        arguments = (1.0, f"{flags} {plan} {limits} {spread}".split(), errors)
         process = context.Process(target=walker.command, args=arguments)
         process.start()
         return process
@@ -140,7 +140,7 @@ def test_a_node_that_dies_amid_a_run_is_made_up_for_by_the_other(lab, finished, 
     killer.start()
     settings = config(lab, out, samples=2, runner=on(cluster, ray_tasks_per_batch=1))
     try:
-        label(settings, engine=WalkerEngine(lab / "policy", delay_s=2.0))
+        label(settings, engine=WalkerEngine(lab / "policy", delay_s=1.0))
     finally:
         done.set()
         killer.join()
