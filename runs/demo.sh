@@ -27,12 +27,13 @@ run synthesize policy synthesize --tasks arithmetic --num-tasks 2000 --out "$out
 run warmup policy warmup --data "$out/demonstrations" --model tiny "${small[@]}" \
     --out "$out/warmup"
 # Many states measured once teach a PRM more than few measured often, at the same cost
-# (docs/results/demo.md), because the loss is the likelihood of the counts.
-run label prm label --tasks arithmetic --first-task 2000 --num-tasks 2000 \
+# (docs/results/demo.md), because the loss is the likelihood of the counts. With one rollout per
+# state, counting it for later states too would only tie their errors together.
+run label prm label --tasks arithmetic --first-task 2000 --num-tasks 1700 --same-state never \
     --policy "$out/warmup" --rollouts 1 "${limit[@]}" --out "$out/labels"
 run train prm train --labels "$out/labels" --model "$out/warmup" --epochs 3 "${small[@]}" \
     --out "$out/prm"
-run exact prm label --tasks arithmetic --split test --first-task 1000 --num-tasks 30 \
+run exact prm label --tasks arithmetic --split test --first-task 1000 --num-tasks 28 \
     --policy "$out/warmup" --rollouts 64 "${limit[@]}" --out "$out/exact"
 run held_out prm label --tasks arithmetic --split test --first-task 2000 --num-tasks 300 \
     --policy "$out/warmup" --rollouts 1 "${limit[@]}" --out "$out/held-out"
