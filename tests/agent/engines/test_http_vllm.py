@@ -24,6 +24,7 @@ from tests.labeling.folders import evidence, trajectories
 from trajectory.store import read_jsonl, read_labels
 
 pytestmark = [
+    pytest.mark.fleet,
     pytest.mark.vllm,
     pytest.mark.slow,
     pytest.mark.timeout(900),
