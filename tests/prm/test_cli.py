@@ -13,7 +13,16 @@ def run(monkeypatch, *arguments):
 
 
 def test_the_commands_are_the_documented_ones():
-    assert list(COMMANDS) == ["label", "train", "score", "evaluate"]
+    assert list(COMMANDS) == [
+        "label",
+        "merge",
+        "judge",
+        "consensus",
+        "train",
+        "score",
+        "evaluate",
+        "view",
+    ]
 
 
 def test_train_score_and_evaluate_work_from_the_command_line(base, tmp_path, monkeypatch, capsys):
