@@ -274,15 +274,15 @@ class BoxInit:
     def _report(self, state: _State, data: bytes) -> None:
         """Pass on what a cell says of its end, with what the kernel knows."""
         status, _, error = data.decode(errors="replace").partition(" ")
-        if status not in ("ok", "error") or len(error) > 80:
-            state.why = "protocol"
+        malformed = status not in ("ok", "error") or len(error) > 80
+        if malformed or self._over_quota():  # which it may have filled faster than anyone looked
+            state.why = "protocol" if malformed else "quota"
             self._kill(state)
             return
         mark = self._scratch_mark()
         changed, self._seen = mark != self._seen, mark
         frame = {"t": "done", "state": state.number, "status": status, "error": error or None}
-        cpu = cpu_seconds(state.pid) or 0.0
-        send(self._hub, {**frame, "cpu": cpu, "changed": changed})
+        send(self._hub, {**frame, "cpu": cpu_seconds(state.pid) or 0.0, "changed": changed})
 
     def _answer(self, gate: int, event: int) -> None:
         """Let a snapshot clone itself if that was asked for; refuse every other fork."""
@@ -338,14 +338,14 @@ class BoxInit:
                 state.why = state.why or "cpu"
                 state.quiet = state.quiet or state.over
                 self._kill(state)
-        if (
-            not self._jail.own_namespaces
-            and self._running()
-            and usage(self._jail.scratch) > self._quota
-        ):
+        if self._running() and self._over_quota():
             for state in self._running():
                 state.why = state.why or "quota"
                 self._kill(state)
+
+    def _over_quota(self) -> bool:
+        """Tell whether there are too many bytes in a folder that no kernel bounds."""
+        return not self._jail.own_namespaces and usage(self._jail.scratch) > self._quota
 
     def _kill(self, state: _State) -> None:
         """Kill a state's process."""
