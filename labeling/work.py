@@ -38,8 +38,12 @@ class Node:
 
     @property
     def counts(self) -> Counts:
-        """All evidence of this state."""
-        return self.own + self.reused
+        """All evidence of this state.
+
+        Of a state that could not be restored, the rollouts that began in it are none: those that
+        needed the tool failed, and the rest are a choice of those that did without.
+        """
+        return self.reused if self.abandoned else self.own + self.reused
 
 
 class TaskWork:

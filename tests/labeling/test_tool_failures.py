@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -14,7 +15,7 @@ from labeling.run import label
 from tests.labeling.walker import WalkerEngine, agent_config, make_tasks
 from trajectory.errors import InputError
 from trajectory.records import StopReason
-from trajectory.store import read_jsonl
+from trajectory.store import read_jsonl, read_labels
 
 
 class FragileCalculator(CalculatorTool):
@@ -118,6 +119,43 @@ def test_a_last_rollout_that_always_fails_does_not_keep_a_run_from_finishing(run
     report = run(lambda task: True, rollouts=4)
     assert report.counts["rollouts"] == finished.counts["rollouts"]
     assert report.counts["failed"] > 0
+
+
+def test_states_of_a_tool_that_answers_differently_are_abandoned(lab, tmp_path, monkeypatch):
+    calls = Counter()
+
+    class Fickle(CalculatorTool):
+        """Answers every call of one task with its number."""
+
+        async def open(self, task, seed):
+            class FickleSession(CalculatorSession):
+                async def call(self, arguments):
+                    observation = await super().call(arguments)
+                    calls[task.task_id] += 1
+                    if task.task_id != "t3":
+                        return observation
+                    return replace(observation, content=f"{calls[task.task_id]}")
+
+                async def branch(self):
+                    return FickleSession()
+
+            return FickleSession()
+
+    tool = Fickle()
+    tool.effect = SideEffect.STATEFUL
+    monkeypatch.setitem(agent.tools.TOOLS, "calculator", lambda sandbox: tool)
+    out = tmp_path / "labels"
+    settings = {"same_state": "never", "samples": 2, "rollouts": 4}
+    walker = WalkerEngine(lab / "policy", ramble=0.9)
+    report = label(LabelConfig(agent=agent_config(lab), out=out, **settings), engine=walker)
+    abandoned = {r.state for r in rollouts(tmp_path) if r.mismatch}
+    assert abandoned
+    assert report.counts["abandoned"] == len(abandoned)
+    for row in read_labels(out / "labels.parquet"):
+        name = row.trajectory.trajectory_id
+        for prefix, value in enumerate(row.labels.values):
+            assert (value is None) == ((name, prefix) in abandoned)
+    assert {name.partition("/")[0] for name, _ in abandoned} == {"t3"}
 
 
 def test_tools_that_change_the_world_can_be_answered_from_the_record(run, tmp_path):
