@@ -162,10 +162,10 @@ class LabelConfig:
                 "the estimator 'backed_up' needs rollouts that come through later states: leave "
                 "--same-state at text or calls"
             )
-        if self.estimator == STOPPED and self.same_state != "never":
+        if self.estimator == STOPPED and (self.same_state != "never" or self.truncated != "wrong"):
             raise InputError(
-                "the estimator 'stopped' is unbiased only if a state's rollouts stop by its own "
-                "results: give --same-state never"
+                "the estimator 'stopped' is unbiased only if a state's rollouts stop by their own "
+                "results, each of which counts: give --same-state never and --truncated wrong"
             )
 
     @property

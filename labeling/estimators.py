@@ -255,7 +255,7 @@ def label_steps(
     *,
     level: float = 0.9,
     truncated: Truncated = "wrong",
-    special: Estimator | None = None,
+    special: Callable[[int, int, float], Estimate | None] | None = None,
 ) -> StepLabels:
     """Estimate the value of every prefix of one trajectory.
 
@@ -270,8 +270,9 @@ def label_steps(
         Coverage of the intervals, in [0.5, 1).
     truncated : {"wrong", "exclude"}
         What a cut-off rollout counts as, see `usable_counts`.
-    special : Estimator, optional
-        The function behind a name that is no row of `ESTIMATORS`, such as ``stopped``.
+    special : callable, optional
+        The function behind a name that is no row of `ESTIMATORS`, such as ``stopped``; None from
+        it is an unknown value.
 
     Returns
     -------

@@ -49,7 +49,9 @@ def check_given(source: Path, domain: str) -> None:
         raise InputError(f"{source} holds no trajectory: there is nothing to label")
 
 
-def copy_given(source: Path, destination: Path, chat: ChatFormat) -> int:
+def copy_given(
+    source: Path, destination: Path, chat: ChatFormat, *, shard: tuple[int, int] = (0, 1)
+) -> int:
     """Copy checked trajectories into the run's folder.
 
     Token ids are kept only where this tokenizer reads them as the recorded text; other
@@ -65,23 +67,43 @@ def copy_given(source: Path, destination: Path, chat: ChatFormat) -> int:
         Replaced as a whole.
     chat : ChatFormat
         Of the agent that will continue them.
+    shard : tuple of int, default=(0, 1)
+        ``(i, n)``: take every n-th task from the i-th on, in the order of their first
+        trajectories.
 
     Returns
     -------
     int
         Trajectories whose token ids were dropped.
+
+    Raises
+    ------
+    InputError
+        If the shard holds no task.
     """
     dropped = 0
+    index, parts = shard
+    numbers: dict[str, int] = {}
 
     def copies() -> Iterator[Trajectory]:
         nonlocal dropped
         for trajectory in read_jsonl(source, Trajectory):
-            kept = _with_own_ids(trajectory, chat)
-            dropped += kept.steps != trajectory.steps
-            yield kept
+            number = numbers.setdefault(trajectory.task.task_id, len(numbers))
+            if number % parts == index:
+                kept = _with_own_ids(trajectory, chat)
+                dropped += kept.steps != trajectory.steps
+                yield kept
 
-    write_jsonl(destination, copies())
+    if not write_jsonl(destination, copies()):
+        raise InputError(empty_shard(shard, len(numbers)))
     return dropped
+
+
+def empty_shard(shard: tuple[int, int], tasks: int) -> str:
+    """Say that a shard holds nothing."""
+    return (
+        f"--shard {shard[0]}/{shard[1]} holds none of the {tasks} tasks: use at most {tasks} shards"
+    )
 
 
 def _fingerprint(task: Task) -> int:

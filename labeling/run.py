@@ -25,12 +25,12 @@ from labeling.backup import backed_up_labels
 from labeling.collect import Collector
 from labeling.config import FREE_SETTINGS, LabelConfig, parse_shard
 from labeling.estimators import BACKED_UP, STOPPED, label_steps
-from labeling.given import check_given, copy_given
+from labeling.given import check_given, copy_given, empty_shard
 from labeling.intake import Intake
 from labeling.ledger import Ledger
 from labeling.ray_runner import check_ray, collect_on_ray
 from labeling.setup import completer_of, plan_of, repeatable
-from labeling.stopping import stopped
+from labeling.stopping import stopped_or_unknown
 from labeling.trajectories import TrajectoryFile, measured_tasks
 from labeling.work import TaskWork
 from trajectory.errors import InputError
@@ -89,8 +89,7 @@ def label(config: LabelConfig, *, engine: Engine | None = None) -> LabelReport:
         On bad input, or if engine or tools stop working midway; what was collected is kept.
     """
     console = Console()
-    index, parts = parse_shard(config.shard)
-    tasks = _check_inputs(config)[index::parts]
+    tasks = _check_inputs(config)
     finished = _finished_counts(config.out)
     with open_run(
         config.out,
@@ -131,7 +130,10 @@ def _check_inputs(config: LabelConfig) -> list[Task]:
         raise InputError(
             f"{config.agent.tasks!r} gives several tasks with one id: give each its own"
         )
-    return tasks
+    index, parts = parse_shard(config.shard)
+    if index >= len(tasks):
+        raise InputError(empty_shard((index, parts), len(tasks)))
+    return tasks[index::parts]
 
 
 def _finished_counts(out: Path) -> Mapping[str, int] | None:
@@ -162,7 +164,9 @@ async def _label(
         cut = repair_tail(path)
         dropped_ids = 0
         if config.trajectories is not None:
-            dropped_ids = copy_given(config.trajectories, path, agent.chat)
+            dropped_ids = copy_given(
+                config.trajectories, path, agent.chat, shard=parse_shard(config.shard)
+            )
         stats = agent.engine.stats
         tokens, busy, started = stats.generated_tokens, stats.busy_seconds, time.monotonic()
         prompt, cached = stats.prompt_tokens, stats.cached_prompt_tokens
@@ -194,7 +198,9 @@ def _label_on_ray(
     cut, dropped_ids = repair_tail(out / TRAJECTORIES), 0
     if config.trajectories is not None:
         chat = ChatFormat.load(config.agent.policy, tools=(), kind=config.agent.chat_format)
-        dropped_ids = copy_given(config.trajectories, out / TRAJECTORIES, chat)
+        dropped_ids = copy_given(
+            config.trajectories, out / TRAJECTORIES, chat, shard=parse_shard(config.shard)
+        )
     with Intake(config, run, (TRAJECTORIES, EVIDENCE, CONTINUATIONS)) as intake:
         started = time.monotonic()
         workers = collect_on_ray(config, tasks, intake, engine=engine)
@@ -305,7 +311,7 @@ def _row(
         return LabelledTrajectory(trajectory=trajectory, evidence=evidence, labels=labels)
     special = None
     if config.estimator == STOPPED:
-        special = partial(stopped, rule=config.stopping_rule)
+        special = partial(stopped_or_unknown, rule=config.stopping_rule)
     labels = label_steps(
         evidence,
         config.estimator,

@@ -52,6 +52,10 @@ class StoppingRule:
         self._counts[n, first_right] = found
         return found
 
+    def leads_to(self, n: int, c: int) -> bool:
+        """Tell whether sampling can have come to ``c`` right ones of ``n``, all of them usable."""
+        return c in (0, n) or self.sequences(n, first_right=False)[c] > 0
+
 
 def stopped(n: int, c: int, level: float, rule: StoppingRule) -> Estimate:
     """Estimate the success probability without the bias that early stopping brings to ``c / n``.
@@ -112,3 +116,12 @@ def stopped(n: int, c: int, level: float, rule: StoppingRule) -> Estimate:
     else:
         value = rule.sequences(n, first_right=True)[c] / paths
     return Estimate(value, min(low, value), max(high, value))
+
+
+def stopped_or_unknown(n: int, c: int, level: float, rule: StoppingRule) -> Estimate | None:
+    """Estimate as `stopped`, or return None where broken tools kept the rule from being followed.
+
+    A failed rollout takes its place in a batch and gives no result, so the rule may have been asked
+    at other counts than its own.
+    """
+    return stopped(n, c, level, rule) if rule.leads_to(n, c) else None

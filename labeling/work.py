@@ -8,7 +8,7 @@ policy, so the counts stay unbiased.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from agent.episode import Prefix
@@ -272,11 +272,6 @@ class Rounds:
             return False
         self._count()
         return True
-
-    @property
-    def unclaimed(self) -> Mapping[tuple[State, int], list[Rollout]]:
-        """Recorded rollouts that were not asked for (yet)."""
-        return self._recorded
 
     def _asked(self) -> Iterator[tuple[Node, int]]:
         """Yield what the strategy wants beyond what is counted, short prefixes first."""

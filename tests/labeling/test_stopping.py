@@ -1,11 +1,14 @@
+from functools import partial
 from itertools import product
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labeling.stopping import StoppingRule, stopped
+from labeling.estimators import label_steps
+from labeling.stopping import StoppingRule, stopped, stopped_or_unknown
 from labeling.strategies import Adaptive, Bisect
+from trajectory.records import Sampling, StepEvidence
 
 
 def every(batch, most=100):
@@ -65,6 +68,17 @@ def test_counts_that_the_rule_cannot_lead_to_are_refused():
     rule = StoppingRule(goes_on=lambda n, c: c == 0, ends=every(1))
     with pytest.raises(ValueError, match="cannot lead to n = 5, c = 3"):
         stopped(5, 3, 0.9, rule)
+    counts = {
+        "rollouts": (5, 5, 5),
+        "correct": (3, 1, 5),
+        "truncated": (0,) * 3,
+        "failed": (0,) * 3,
+    }
+    evidence = StepEvidence(
+        trajectory_id="a", completer="m", sampling=Sampling(), tokens=9, **counts
+    )
+    special = partial(stopped_or_unknown, rule=rule)
+    assert label_steps(evidence, "stopped", special=special).values == (None, 0.0, 1.0)
 
 
 @given(st.integers(1, 30), st.data())

@@ -257,6 +257,27 @@ def test_shards_part_the_tasks(lab, tmp_path):
     assert not parts[0] & parts[1]
 
 
+def test_shards_part_given_trajectories_too(lab, finished, tmp_path):
+    given = finished[0] / "trajectories.jsonl"
+    parts = []
+    for i in range(2):
+        out = tmp_path / f"part{i}"
+        settings = config(lab, out, trajectories=given, shard=f"{i}/2")
+        label(settings, engine=WalkerEngine(lab / "policy"))
+        parts.append(trajectories(out).keys())
+    assert parts[0] | parts[1] == trajectories(finished[0]).keys()
+    assert not parts[0] & parts[1]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_shard_without_a_task_is_refused(lab, finished, tmp_path, given):
+    source = {"trajectories": finished[0] / "trajectories.jsonl"} if given else {}
+    out = tmp_path / "labels"
+    with pytest.raises(InputError, match="--shard 6/8 holds none of the 6 tasks: use at most 6"):
+        label(config(lab, out, shard="6/8", **source), engine=WalkerEngine(lab / "policy"))
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -268,6 +289,7 @@ def test_shards_part_the_tasks(lab, tmp_path):
         ({"max_rollouts": 2}, "--max-rollouts"),
         ({"max_tokens": 0}, "--max-tokens"),
         ({"estimator": "stopped", "same_state": "text"}, "--same-state never"),
+        ({"estimator": "stopped", "truncated": "exclude"}, "--truncated wrong"),
         ({"estimator": "backed_up", "same_state": "never"}, "--same-state at text or calls"),
     ],
 )
