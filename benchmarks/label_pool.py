@@ -50,6 +50,11 @@ class TaskPool:
     truth: dict[State, Truth]
     max_steps: int
 
+    def tokens(self, state: State) -> float:
+        """Return the mean cost of a rollout of a state, tokens."""
+        rollouts = self.rollouts[state]
+        return sum(rollout.tokens for rollout in rollouts) / len(rollouts)
+
     def simulate(self, strategy: Strategy, *, same: SameState, seed: int) -> TaskWork:
         """Run a strategy on rollouts drawn from the pool.
 

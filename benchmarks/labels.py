@@ -73,7 +73,8 @@ def study(config: LabelStudyConfig) -> dict[str, object]:
     dict
         ``pool`` (sizes), ``arms`` (one row per arm, budget and estimator: means over the seeds,
         smallest and largest error), ``cost_of_reference_error`` (tokens, as a share of those of
-        fixed K = 32 without reuse, at which each arm reaches its error) and ``first_error``.
+        fixed K = 32 without reuse, at which each arm reaches its error),
+        ``cost_of_best_allocation``, ``first_error`` and ``first_error_recovering``.
 
     Raises
     ------
@@ -101,6 +102,7 @@ def study(config: LabelStudyConfig) -> dict[str, object]:
         },
         "arms": rows,
         "cost_of_reference_error": _costs(rows),
+        "cost_of_best_allocation": _best_allocation(pools),
         "first_error": first_errors(wide, seeds=config.seeds),
         "first_error_recovering": recovery_errors(),
     }
@@ -229,6 +231,18 @@ def _costs(rows: Sequence[Mapping[str, object]]) -> dict[str, float | None]:
     return costs
 
 
+def _best_allocation(pools: Sequence[TaskPool]) -> float:
+    """Return the cost, relative to equal numbers, of the best allocation if values were known.
+
+    Without sharing, with values V, costs k per rollout and s = sqrt(V (1 - V)), the least error
+    for given tokens has ``n ~ s / sqrt(k)``: it costs ``mean(s sqrt(k))^2 / (mean(s^2) mean(k))``.
+    """
+    truths = [(p.truth[state].value, p.tokens(state)) for p in pools for state in p.truth]
+    spread = [(v * (1 - v)) ** 0.5 for v, _ in truths]
+    mixed = fmean(s * k**0.5 for s, (_, k) in zip(spread, truths, strict=True))
+    return mixed**2 / (fmean(s * s for s in spread) * fmean(k for _, k in truths))
+
+
 def _draw(rows: Sequence[Mapping[str, object]], path: Path) -> None:
     """Draw the error against the tokens."""
     import matplotlib
@@ -284,6 +298,8 @@ def _show(report: Mapping[str, object]) -> None:
     for name, cost in costs.items():
         table.add_row(name, "not reached" if cost is None else f"{cost:.2f}")
     console.print(table)
+    best = report["cost_of_best_allocation"]
+    console.print(f"best allocation without sharing, if all values were known: {best:.2f}")
     table = Table("search", "failures", "wrong", "wrong if it recovers", "n", "tokens")
     searches = report["first_error"]
     assert isinstance(searches, list)

@@ -74,6 +74,7 @@ def test_the_study_reports_falling_errors_and_intervals_that_cover(pool_folder, 
     assert 0.75 < fixed[16]["coverage"] <= 1
     reuse = [r for r in report["arms"] if (r["arm"], r["budget"]) == ("fixed, reuse", 16)]
     assert all(r["rmse"] < fixed[16]["rmse"] * 1.05 for r in reuse if r["estimator"] == "soft")
+    assert 0 < report["cost_of_best_allocation"] <= 1
     assert {r["method"] for r in report["first_error"]} == {
         "scan",
         "bisect without probe",
