@@ -113,7 +113,8 @@ def load_pool(folder: Path, *, drawable: int, max_steps: int, completer: str) ->
                 else:
                     rest.append(rollout)
             work = TaskWork(found[0].task, found, max_steps=max_steps, same="text")
-            work.count_known(rest)
+            for rollout in rest:
+                work.count(rollout)
             counts = {
                 node.state: node.counts.usable(exclude_truncated=False) for node in work.nodes
             }

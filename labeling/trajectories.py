@@ -124,9 +124,15 @@ def measured_tasks(
         Step limit of the continuing agent.
     same : SameState
         What makes two states one.
+
+    Raises
+    ------
+    InputError
+        If a rollout is of a state that no trajectory has.
     """
     for task_id in trajectories.task_ids:
         found = trajectories.of_task(task_id)
         work = TaskWork(found[0].task, found, max_steps=max_steps, same=same)
-        work.count_known(ledger.rollouts_of(task_id))
+        for rollout in ledger.rollouts_of(task_id):
+            work.count(rollout)
         yield work

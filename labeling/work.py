@@ -16,6 +16,7 @@ from labeling.evidence import Counts, open_prefixes, terminal_counts
 from labeling.ledger import ATTEMPTS, Rollout, State
 from labeling.states import SameState, state_digests
 from labeling.strategies import PathView, StateView, Strategy, TaskView
+from trajectory.errors import InputError
 from trajectory.records import Sampling, StepEvidence, Task, Trajectory
 
 
@@ -110,10 +111,17 @@ class TaskWork:
 
         Raises
         ------
-        KeyError
+        InputError
             If it began in a state that none of the trajectories has.
         """
-        node = self.nodes[self._by_state[rollout.state]]
+        place = self._by_state.get(rollout.state)
+        if place is None:
+            owner, prefix = rollout.state
+            raise InputError(
+                f"a rollout is recorded of {owner!r} after step {prefix}, a state that no recorded "
+                "trajectory has: evidence and trajectories are not of one run"
+            )
+        node = self.nodes[place]
         node.own.add(rollout)
         node.abandoned |= rollout.abandons
         if not rollout.settled or rollout.stop.failed:
@@ -122,16 +130,6 @@ class TaskWork:
             index = self._by_digest.get(digest)
             if index is not None:
                 self.nodes[index].reused.add_passing(rollout)
-
-    def count_known(self, rollouts: Iterable[Rollout]) -> int:
-        """Count rollouts, passing over those of states that are not these; return how many."""
-        passed_over = 0
-        for rollout in rollouts:
-            if rollout.state in self._by_state:
-                self.count(rollout)
-            else:
-                passed_over += 1
-        return passed_over
 
     def view(self, *, exclude_truncated: bool) -> TaskView:
         """Return what a strategy sees."""

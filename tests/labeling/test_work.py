@@ -86,6 +86,12 @@ def test_a_rollout_counts_for_every_state_it_came_through():
     assert found.tokens == 20
 
 
+def test_evidence_of_other_trajectories_is_refused():
+    (first, _) = two_trajectories()
+    with pytest.raises(InputError, match="'z' after step 1, a state that no recorded trajectory"):
+        work_of(first).count(rollout(("z", 1), 0, True))
+
+
 def test_failed_rollouts_count_for_no_other_state():
     first, second = two_trajectories()
     work = work_of(first, second)
