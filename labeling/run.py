@@ -107,7 +107,7 @@ def label(config: LabelConfig, *, engine: Engine | None = None) -> LabelReport:
         else:
             report = asyncio.run(_label(config, tasks, run, engine))
         run.finish(report.counts)
-    _show(report, console)
+    _show(report, console, max_tokens=config.max_tokens)
     return report
 
 
@@ -290,7 +290,8 @@ def freeze(
 
     write_labels(out / LABELS, rows())
     totals = {name: int(value) for name, value in asdict(ledger.totals).items()}
-    return {**counts, "states": ledger.num_states, **totals}
+    counts |= {"states": ledger.num_states, "tokens_of_trajectories": trajectories.tokens}
+    return {**counts, **totals}
 
 
 def _row(
@@ -322,7 +323,7 @@ def _row(
     return LabelledTrajectory(trajectory=trajectory, evidence=evidence, labels=labels)
 
 
-def _show(report: LabelReport, console: Console) -> None:
+def _show(report: LabelReport, console: Console, *, max_tokens: int | None) -> None:
     """Print what came out and what it cost."""
     counts = report.counts
     rollouts = max(1, counts["rollouts"])
@@ -340,6 +341,9 @@ def _show(report: LabelReport, console: Console) -> None:
         "tool calls": f"{counts['tool_calls']}",
         "seconds, this start": f"{report.seconds:.1f}",
     }
+    if max_tokens is not None:
+        spent = counts["tokens"] + counts["tokens_of_trajectories"]
+        lines["of the budget of tokens"] = f"{spent} of {max_tokens}"
     if report.workers > 1:
         lines["workers"] = f"{report.workers}"
     if report.seconds > 0:

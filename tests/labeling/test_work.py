@@ -234,7 +234,7 @@ def test_bisect_leaves_values_unknown_and_passes_right_trajectories_over(lab, tm
     assert {None, 0.0, 1.0} == set(values)
 
 
-def test_a_token_budget_is_kept_and_resumption_does_not_exceed_it(lab, tmp_path):
+def test_a_token_budget_is_kept_and_said(lab, tmp_path, capsys):
     out = tmp_path / "labels"
     settings = {"rollouts": 50, "max_tokens": 3000, "agent": {"concurrency": 4}}
     report = label(config(lab, out, **settings), engine=WalkerEngine(lab / "policy"))
@@ -242,6 +242,7 @@ def test_a_token_budget_is_kept_and_resumption_does_not_exceed_it(lab, tmp_path)
         t.num_generated_tokens for t in trajectories(out).values()
     )
     assert 2700 < spent < 3300
+    assert f"{spent} of 3000" in capsys.readouterr().out
 
 
 def test_kept_continuations_are_the_rollouts(lab, tmp_path):
