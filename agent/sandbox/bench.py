@@ -20,10 +20,9 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
-from agent.processes import CHILD_ENVIRONMENT
+from agent.processes import CHILD_ENVIRONMENT, descendants
 from agent.sandbox import AUTO, build_sandbox
 from agent.sandbox.base import Limits, Sandbox, Session
-from agent.sandbox.soak import descendants
 from trajectory.errors import InputError
 from trajectory.progress import progress
 

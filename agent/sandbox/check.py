@@ -17,10 +17,10 @@ from pathlib import Path
 from rich.console import Console
 from tyro.conf import Positional
 
+from agent.processes import descendants
 from agent.sandbox import AUTO, build_sandbox
 from agent.sandbox.base import Limits, Sandbox, SandboxError
 from agent.sandbox.cases import LIMITS, Case, Verdict, canaries, read_cases, run_case
-from agent.sandbox.soak import descendants
 from trajectory.errors import InputError
 
 

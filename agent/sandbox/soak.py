@@ -19,6 +19,7 @@ from random import Random
 
 from rich.console import Console
 
+from agent.processes import descendants
 from agent.sandbox import AUTO, build_sandbox
 from agent.sandbox.base import Limits, Sandbox
 from trajectory.errors import InputError
@@ -207,21 +208,6 @@ class _Run:
             self.pids.add(pid)
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-
-
-def descendants(pid: int) -> list[int]:
-    """Return the processes below one, in no particular order (Linux)."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with suppress(OSError, IndexError):
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                children.setdefault(int(fields[1]), []).append(int(entry.name))
-    found, todo = [], list(children.get(pid, []))
-    while todo:
-        found.append(todo.pop())
-        todo += children.get(found[-1], [])
-    return found
 
 
 def resident_mb(pid: int) -> float:

@@ -61,6 +61,10 @@ def test_killed_and_resumed_on_the_embedded_engine_gives_the_same_ledger(
     )
     config = LabelConfig(agent=agent, out=whole, rollouts=12, samples=2)
     label(config)
+    unbroken = evidence(whole)
+    states = {state for state, _ in unbroken}
+    assert len(states) >= 8  # more where a random policy happens to write a call
+    assert len(unbroken) == 12 * len(states)
     printed = capsys.readouterr().out
     assert "tokens per label" in printed
     assert "engine busy" in printed
@@ -81,11 +85,11 @@ def test_killed_and_resumed_on_the_embedded_engine_gives_the_same_ledger(
         time.sleep(0.005)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    assert len(ledger.read_bytes().splitlines()) < 96
+    assert len(ledger.read_bytes().splitlines()) < len(unbroken)
 
     resumed = label(replace(config, out=broken))
-    assert evidence(broken) == evidence(whole)
-    assert len(evidence(whole)) == resumed.counts["rollouts"] == 8 * 12
+    assert evidence(broken) == unbroken
+    assert resumed.counts["rollouts"] == len(unbroken)
     assert 0 < resumed.tokens < resumed.counts["tokens"]
     assert read_manifest(broken).starts == 2
     rows = read_labels(broken / "labels.parquet")

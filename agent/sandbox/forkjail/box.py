@@ -23,7 +23,7 @@ from functools import partial
 from itertools import pairwise
 from typing import NoReturn
 
-from agent.processes import cpu_seconds
+from agent.processes import cpu_seconds, end_descendants
 from agent.sandbox.forkjail import namespaces
 from agent.sandbox.forkjail.cell import DIED, Confinement, read_text, run_first
 from agent.sandbox.forkjail.facts import has_died, holds_descriptors, scratch_mark, usage
@@ -98,7 +98,7 @@ class BoxInit:
         for fd in (wake, self._woken):
             os.set_blocking(fd, False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.signal(signal.SIGTERM, lambda *_: self._end())
+        signal.signal(signal.SIGTERM, lambda *_: self.end())
         signal.set_wakeup_fd(self._woken, warn_on_full_buffer=False)
         for fd in (wake, self._hub.fileno()):
             self._poll.register(fd, select.POLLIN)
@@ -120,7 +120,7 @@ class BoxInit:
     def _take_orders(self) -> None:
         """Act on what the session wants."""
         if not self._reader.receive(self._hub):
-            self._end()
+            self.end()
         for frame, descriptors in self._reader.frames():
             kind, number = frame["t"], frame["state"]
             if kind == "run":
@@ -365,14 +365,10 @@ class BoxInit:
         """Return what tells whether files have changed."""
         return scratch_mark(self._jail.scratch, own_mount=self._jail.own_namespaces)
 
-    def _end(self) -> NoReturn:
+    def end(self) -> NoReturn:
         """Kill everything and go; where there is a process namespace, its end is theirs."""
         if not self._jail.own_namespaces:
-            for state in self._states.values():
-                self._kill(state)
-            with suppress(ChildProcessError):
-                while True:
-                    os.waitpid(-1, 0)
+            end_descendants()
             shutil.rmtree(self._jail.scratch, ignore_errors=True)
         os._exit(0)
 
@@ -397,4 +393,8 @@ def run_box(
         scratch = tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{os.getppid()}-")
         os.chdir(scratch)
     prctl(PR_SET_DUMPABLE, 0)
-    BoxInit(hub, jail(scratch=scratch), cpu_s, scratch_mb * 2**20).loop()
+    box = BoxInit(hub, jail(scratch=scratch), cpu_s, scratch_mb * 2**20)
+    try:
+        box.loop()
+    except (BrokenPipeError, ConnectionResetError):  # the session left before it was answered
+        box.end()

@@ -118,7 +118,8 @@ def confine(jail: Confinement, control: RawSocket) -> None:
     sol_socket, scm_rights = 1, 1
     control.sendmsg([READY], [(sol_socket, scm_rights, fds)])
     close(gate)
-    control.recv(1)  # the box watches the gate now
+    if not control.recv(1):  # a box watches the gate now, or has gone
+        _exit(0)
 
 
 def seed_everything(jail: Confinement) -> None:

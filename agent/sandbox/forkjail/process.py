@@ -22,7 +22,7 @@ from agent.sandbox.forkjail.namespaces import SCRATCH
 
 START_S = 120.0
 """Importing numpy and sympy takes half a second; a loaded machine may take long."""
-END_S = 10.0
+END_S = 30.0
 MAX_STATES = 64
 """Snapshots of one box; further ones push out the longest unused."""
 SANDBOX_UID = 60123

@@ -11,19 +11,23 @@ import importlib
 import json
 import os
 import resource
+import shutil
 import signal
 import site
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import NoReturn
 
+from agent.processes import end_descendants
 from agent.sandbox.forkjail import landlock, namespaces, seccomp
-from agent.sandbox.forkjail.box import run_box
+from agent.sandbox.forkjail.box import SCRATCH_PREFIX, run_box
 from agent.sandbox.forkjail.cell import Confinement, clone
 from agent.sandbox.forkjail.frames import Frame, Reader, close_all, send
 from agent.sandbox.forkjail.syscalls import (
@@ -100,20 +104,31 @@ class Zygote:
             for frame, descriptors in reader.frames():
                 self._make_box(frame, descriptors[0])
                 close_all(descriptors)
-        # The first process of a namespace takes all others with it; without one, a box has to
-        # end its cells and remove its files itself.
-        if not self._config.own_namespaces:
-            self._signal_boxes(signal.SIGTERM)
-            self._signal_boxes(signal.SIGCONT)
-            deadline = time.monotonic() + GOODBYE_S
-            while self._boxes and time.monotonic() < deadline:
-                time.sleep(0.01)
+        if self._config.own_namespaces:
+            self._end_namespaces()
+        else:
+            self._end_boxes()
+        os._exit(0)
+
+    def _end_namespaces(self) -> None:
+        """Kill the first process of every box, which takes all others with it."""
         self._signal_boxes(signal.SIGKILL)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         with suppress(ChildProcessError):
             while True:
                 os.waitpid(-1, 0)
-        os._exit(0)
+
+    def _end_boxes(self) -> None:
+        """Let boxes end their cells and remove their files; do it for those that do not."""
+        self._signal_boxes(signal.SIGTERM)
+        self._signal_boxes(signal.SIGCONT)
+        deadline = time.monotonic() + GOODBYE_S
+        while self._boxes and time.monotonic() < deadline:
+            time.sleep(0.01)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        end_descendants()
+        for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}{os.getpid()}-*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _signal_boxes(self, number: int) -> None:
         """Send a signal to every box."""

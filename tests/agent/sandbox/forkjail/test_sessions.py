@@ -4,16 +4,17 @@ import asyncio
 import os
 import resource
 import signal
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from agent.processes import descendants
 from agent.sandbox.base import ReplayDiverged, SandboxError
 from agent.sandbox.forkjail import client
 from agent.sandbox.forkjail.sandbox import FELL_BACK
-from agent.sandbox.soak import descendants
 from tests.agent.sandbox.forkjail.conftest import LIMITS
 
 THREAD_BOMB = """
@@ -337,3 +338,31 @@ def test_nothing_is_left_behind(play):
     assert len(processes) > 5
     assert not [p for p in processes if os.path.exists(f"/proc/{p}")]
     assert len(os.listdir("/proc/self/fd")) <= fds + 1
+
+
+def test_sessions_that_are_closed_at_any_moment_leave_nothing_behind(play):
+    """A box may be starting, cloning or about to report when nobody listens any more."""
+
+    async def visit(sandbox, seconds, *, cancelled):
+        session = await sandbox.open(LIMITS, 0)
+
+        async def work():
+            for code in ("open('f', 'w').write('x')", "print(1)", "while True: pass"):
+                await session.run(code)
+
+        working = asyncio.create_task(work())
+        await asyncio.sleep(seconds)
+        if cancelled:
+            working.cancel()
+        await session.close()
+        await asyncio.gather(working, return_exceptions=True)
+
+    async def scene(sandbox):
+        for _ in range(2):
+            visits = (visit(sandbox, n * 0.02, cancelled=n % 2 == 1) for n in range(10))
+            await asyncio.gather(*visits)
+        return [sandbox.pid, *descendants(sandbox.pid)]
+
+    processes = play(scene, max_running=6)
+    assert not [p for p in processes if os.path.exists(f"/proc/{p}")]
+    assert not list(Path(tempfile.gettempdir()).glob(f"forkjail-{processes[0]}-*"))
