@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit fleet clean
+.PHONY: help demo test lint types unit clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +16,6 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 help:
 	@echo "make demo    label, train, score and optimize on a built-in policy (8 to 10 minutes)"
 	@echo "make test    lint, types, import contracts, tests (under 20 minutes)"
-	@echo "make fleet   the tests that start servers and clusters (5 minutes)"
 	@echo "make clean   remove caches (not $(VENV), not runs/)"
 
 demo: $(VENV)/.demo
@@ -33,11 +32,7 @@ types: $(VENV)/.test
 	$(BIN)/mypy
 
 unit: $(VENV)/.test $(VENV)/.browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not fleet"
-
-# Two real inference servers, a Ray cluster of two nodes: minutes of waiting for processes.
-fleet: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fleet
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 clean:
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info

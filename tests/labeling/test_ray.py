@@ -21,7 +21,6 @@ from trajectory.run import read_manifest
 from trajectory.store import read_jsonl
 
 pytestmark = [
-    pytest.mark.fleet,
     pytest.mark.slow,
     # Ray warns of settings of its own, and leaves sockets to the end of the process.
     pytest.mark.filterwarnings("default"),

@@ -24,7 +24,6 @@ from tests.labeling.folders import evidence, trajectories
 from trajectory.store import read_jsonl, read_labels
 
 pytestmark = [
-    pytest.mark.fleet,
     pytest.mark.vllm,
     pytest.mark.slow,
     pytest.mark.timeout(900),
