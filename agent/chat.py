@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2.exceptions import TemplateError
@@ -55,6 +55,8 @@ _TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _FENCED = re.compile(r"```(\w*)[ \t]*\n(.*?)```", re.DOTALL)
 _CLOSED_FENCE = re.compile(r"```\w*[ \t]*\n.*?```\s*\Z", re.DOTALL)
 _CODE_LANGUAGES = ("python", "py", "tool_code")
+_KNOWN_TEXTS = 1024
+"""Texts whose ids are kept."""
 _OFFER = "use --chat-format chatml for the built-in format"
 
 
@@ -168,6 +170,9 @@ class ChatFormat:
         self.tool_names = tuple(tool.name for tool in tools)
         self._schemas: list[Any] = [schema(tool) for tool in tools]
         self._observation_parts: dict[int, list[str]] = {}
+        # Rollouts from one state begin with the same texts, and frames come back in every turn.
+        self._ids_of = lru_cache(maxsize=_KNOWN_TEXTS)(self._tokenize)
+        self._frame_of = lru_cache(maxsize=8)(self._prompt_frame)
         self._check_template()
 
     @classmethod
@@ -210,8 +215,13 @@ class ChatFormat:
 
     def prompt_ids(self, system: str, prompt: str) -> tuple[int, ...]:
         """Return the ids up to and including the header of the first assistant turn."""
-        before, after = self._render(system, [], generation=True).split(_USER)
+        before, after = self._frame_of(system)
         return (*self._encode(before), *self._encode_foreign(prompt), *self._encode(after))
+
+    def _prompt_frame(self, system: str) -> tuple[str, str]:
+        """Return what stands before and after the user's message."""
+        before, after = self._render(system, [], generation=True).split(_USER)
+        return before, after
 
     def observation_ids(
         self, results: Sequence[tuple[str, str]], *, turn_ended: bool = True
@@ -269,14 +279,18 @@ class ChatFormat:
         """Find the tool calls of a turn; see `parse_calls`."""
         return parse_calls(text, self.tool_names)
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> tuple[int, ...]:
         """Encode text of our own making, special tokens recognised."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._ids_of(text, foreign=False)
 
-    def _encode_foreign(self, text: str) -> list[int]:
+    def _encode_foreign(self, text: str) -> tuple[int, ...]:
         """Encode text from outside: special tokens in it are ordinary characters."""
-        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-        return list(encoded["input_ids"])
+        return self._ids_of(text, foreign=True)
+
+    def _tokenize(self, text: str, *, foreign: bool) -> tuple[int, ...]:
+        """Encode text, whatever was encoded before."""
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=foreign)
+        return tuple(encoded["input_ids"])
 
     def _render(
         self, system: str, later: Sequence[dict[str, str]], *, generation: bool = False

@@ -23,19 +23,22 @@ run() {
     fi
 }
 
-run synthesize policy synthesize --tasks arithmetic --num-tasks 2000 --out "$out/demonstrations"
-run warmup policy warmup --data "$out/demonstrations" --model tiny "${small[@]}" \
+# The demonstrator slips at hard operations only (--contrast 1), so the policy's slips can be read in
+# the text; slips that come from too short a warm-up cannot (docs/results/demo.md).
+run synthesize policy synthesize --tasks arithmetic --num-tasks 3000 --contrast 1 \
+    --out "$out/demonstrations"
+run warmup policy warmup --data "$out/demonstrations" --model tiny --epochs 4 "${small[@]}" \
     --out "$out/warmup"
 # Many states measured once teach a PRM more than few measured often, at the same cost
 # (docs/results/demo.md), because the loss is the likelihood of the counts. With one rollout per
 # state, counting it for later states too would only tie their errors together.
-run label prm label --tasks arithmetic --first-task 2000 --num-tasks 1700 --same-state never \
+run label prm label --tasks arithmetic --first-task 3000 --num-tasks 1700 --same-state never \
     --policy "$out/warmup" --rollouts 1 "${limit[@]}" --out "$out/labels"
 run train prm train --labels "$out/labels" --model "$out/warmup" --epochs 3 "${small[@]}" \
     --out "$out/prm"
 run exact prm label --tasks arithmetic --split test --first-task 1000 --num-tasks 28 \
     --policy "$out/warmup" --rollouts 64 "${limit[@]}" --out "$out/exact"
-run held_out prm label --tasks arithmetic --split test --first-task 2000 --num-tasks 300 \
+run held_out prm label --tasks arithmetic --split test --first-task 2000 --num-tasks 500 \
     --policy "$out/warmup" --rollouts 1 "${limit[@]}" --out "$out/held-out"
 run score prm score --prm "$out/prm" --trajectories "$out/held-out/trajectories.jsonl" \
     --out "$out/scores.jsonl"
