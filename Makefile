@@ -14,7 +14,7 @@ WORKERS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 help:
-	@echo "make demo    label, train, score and optimize on a built-in policy (8 to 10 minutes)"
+	@echo "make demo    label, train, score and optimize on a built-in policy (7 to 9 minutes)"
 	@echo "make test    lint, types, import contracts, tests (under 20 minutes)"
 	@echo "make clean   remove caches (not $(VENV), not runs/)"
 
