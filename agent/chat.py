@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2.exceptions import TemplateError
@@ -170,9 +170,8 @@ class ChatFormat:
         self.tool_names = tuple(tool.name for tool in tools)
         self._schemas: list[Any] = [schema(tool) for tool in tools]
         self._observation_parts: dict[int, list[str]] = {}
-        # Rollouts from one state begin with the same texts, and frames come back in every turn.
-        self._ids_of = lru_cache(maxsize=_KNOWN_TEXTS)(self._tokenize)
-        self._frame_of = lru_cache(maxsize=8)(self._prompt_frame)
+        self._prompt_frames: dict[str, tuple[str, str]] = {}
+        self._known: dict[tuple[str, bool], tuple[int, ...]] = {}
         self._check_template()
 
     @classmethod
@@ -215,13 +214,12 @@ class ChatFormat:
 
     def prompt_ids(self, system: str, prompt: str) -> tuple[int, ...]:
         """Return the ids up to and including the header of the first assistant turn."""
-        before, after = self._frame_of(system)
+        frame = self._prompt_frames.get(system)
+        if frame is None:
+            before, after = self._render(system, [], generation=True).split(_USER)
+            frame = self._prompt_frames[system] = (before, after)
+        before, after = frame
         return (*self._encode(before), *self._encode_foreign(prompt), *self._encode(after))
-
-    def _prompt_frame(self, system: str) -> tuple[str, str]:
-        """Return what stands before and after the user's message."""
-        before, after = self._render(system, [], generation=True).split(_USER)
-        return before, after
 
     def observation_ids(
         self, results: Sequence[tuple[str, str]], *, turn_ended: bool = True
@@ -287,10 +285,16 @@ class ChatFormat:
         """Encode text from outside: special tokens in it are ordinary characters."""
         return self._ids_of(text, foreign=True)
 
-    def _tokenize(self, text: str, *, foreign: bool) -> tuple[int, ...]:
-        """Encode text, whatever was encoded before."""
-        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=foreign)
-        return tuple(encoded["input_ids"])
+    def _ids_of(self, text: str, *, foreign: bool) -> tuple[int, ...]:
+        """Encode text; rollouts of one state begin alike, and frames come back in every turn."""
+        ids = self._known.get((text, foreign))
+        if ids is None:
+            encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=foreign)
+            ids = tuple(encoded["input_ids"])
+            if len(self._known) >= _KNOWN_TEXTS:
+                self._known.clear()
+            self._known[text, foreign] = ids
+        return ids
 
     def _render(
         self, system: str, later: Sequence[dict[str, str]], *, generation: bool = False
