@@ -156,6 +156,21 @@ def fit(
     )
 
 
+def describe(calibration: Calibration) -> str:
+    """Say in one line what a calibration does to the expected calibration error."""
+    if calibration.ece_before is None:
+        return f"not calibrated: {calibration.reason}"
+    before = f"expected calibration error {calibration.ece_before:.4f}"
+    if not calibration.fitted:
+        return f"not calibrated ({calibration.reason}): {before}"
+    crossed = calibration.ece_cross_fitted
+    shown = "unknown (too few tasks)" if crossed is None else f"{crossed:.4f}"
+    return (
+        f"calibrated ({calibration.method}, {calibration.positions} held-out positions): {before} "
+        f"before, {shown} after on tasks left out of the fit, {calibration.ece_after:.4f} in sample"
+    )
+
+
 def cross_fit(
     margins_P: Array,
     targets_P: Array,

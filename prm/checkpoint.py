@@ -30,8 +30,8 @@ from trajectory.atomic import atomic_folder
 from trajectory.errors import InputError
 from trajectory.run import sha256_of
 
-SCHEMA_VERSION = "1.0"
-"""``major.minor`` of ``prm.json``; other majors are refused."""
+SCHEMA_VERSION = "1.1"
+"""``major.minor`` of ``prm.json``; other majors are refused. 1.1 added isotonic calibration."""
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 

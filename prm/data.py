@@ -77,6 +77,25 @@ class Example:
     task_id: str
     trajectory_id: str
 
+    def __post_init__(self) -> None:
+        sizes = [len(self.positions), len(self.rollouts), len(self.correct), len(self.values)]
+        if len(set(sizes)) != 1:
+            raise InputError(
+                f"row {self.trajectory_id}: {sizes[0]} scored prefixes, but {sizes[1]} rollout "
+                f"counts, {sizes[2]} counts of right answers and {sizes[3]} labels"
+            )
+        for t, (n, c, v) in enumerate(zip(self.rollouts, self.correct, self.values, strict=True)):
+            if not 0 <= c <= n:
+                raise InputError(
+                    f"row {self.trajectory_id}, prefix {t}: {c} right answers of {n} rollouts; "
+                    "give counts with 0 <= right <= rollouts"
+                )
+            if v is not None and not 0 <= v <= 1:
+                raise InputError(
+                    f"row {self.trajectory_id}, prefix {t}: label {v} is not in [0, 1]; give None "
+                    "where it is unknown"
+                )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:

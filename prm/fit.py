@@ -23,16 +23,16 @@ from torch import nn
 
 from prm.data import Batch, Example, collate, plan_steps
 from prm.heads import Head
-from prm.model import autocast, logits_at, num_trainable, to_device
+from prm.model import autocast, logits_at, to_device
 from prm.predict import Predictions, predict
+from prm.schedule import learning_rate_at
+from prm.stages import body_parameters, broken_rows
 from trajectory.atomic import atomic_path
 from trajectory.progress import progress
 from trajectory.seeds import derive_seed
 
 MAX_GRAD_NORM = 1.0
 WEIGHT_DECAY = 0.01
-WARMUP_SHARE = 0.1
-"""Share of all steps over which the learning rate rises from 0."""
 
 
 class Log(Protocol):
@@ -56,6 +56,7 @@ class FitOptions:
     """How to train."""
 
     epochs: int
+    """Passes over the rows with all free parameters."""
     learning_rate: float
     step_tokens: int
     """Real tokens of one optimizer step."""
@@ -67,6 +68,8 @@ class FitOptions:
     bfloat16: bool
     """Whether forwards run in bfloat16; weights and losses stay float32."""
     pad_id: int
+    head_first: int = 0
+    """Passes before those, with the classification layer alone."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -85,42 +88,6 @@ class Progressed:
     """Per epoch: training and held-out likelihood."""
     diverged: str | None = None
     """Why training stopped early, if numbers broke down."""
-
-
-def default_learning_rate(model: nn.Module, *, lora: bool) -> float:
-    """Choose a learning rate by size: 1e-3 at a million parameters, falling with the square root.
-
-    LoRA uses 2e-4 at any size (its updates are low-rank, hence larger rates are stable).
-    """
-    if lora:
-        return 2e-4
-    return float(np.clip(1e-3 * math.sqrt(1e6 / num_trainable(model)), 1e-5, 1e-3))
-
-
-def default_step_tokens(epoch_tokens: int) -> int:
-    """Choose the size of an optimizer step: about 32 steps an epoch, 2048 to 16384 tokens each.
-
-    Examples
-    --------
-    >>> default_step_tokens(30_000), default_step_tokens(160_000), default_step_tokens(10**7)
-    (2048, 5000, 16384)
-    """
-    return min(max(epoch_tokens // 32, 2048), 16_384)
-
-
-def learning_rate_at(step: int, total: int, peak: float) -> float:
-    """Linear warm-up, then a cosine to zero.
-
-    Examples
-    --------
-    >>> [round(learning_rate_at(s, 20, 1.0), 3) for s in (0, 1, 2, 11, 20)]
-    [0.5, 1.0, 1.0, 0.5, 0.0]
-    """
-    warmup = max(1, round(WARMUP_SHARE * total))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, total - warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 class Fitter:
@@ -161,6 +128,7 @@ class Fitter:
             lr=options.learning_rate,
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self._body = body_parameters(self.raw_model)
         self.done = Progressed()
         if self._latest.is_file():
             self._restore()
@@ -181,13 +149,14 @@ class Fitter:
             The model then holds the weights of ``best_epoch``, or its initial ones where no epoch
             was ever finished.
         """
-        plans = [self._plan(train, epoch) for epoch in range(self.options.epochs)]
-        total = sum(len(plan) for plan in plans)
-        with self._progress(total) as bar:
-            for epoch in range(self.done.epoch, self.options.epochs):
+        epochs = self.options.head_first + self.options.epochs
+        plans = [self._plan(train, epoch) for epoch in range(epochs)]
+        sizes = [len(plan) for plan in plans]
+        with self._progress(sum(sizes)) as bar:
+            for epoch in range(self.done.epoch, epochs):
                 if self._out_of_patience():
                     break
-                last = self._run_epoch(train, plans[epoch], total=total, log=log, bar=bar)
+                last = self._run_epoch(train, plans[epoch], sizes=sizes, log=log, bar=bar)
                 if self.done.diverged is not None:
                     break
                 self._finish_epoch(last, held_out, log)
@@ -213,14 +182,28 @@ class Fitter:
 
     def _out_of_patience(self) -> bool:
         """Tell whether the likelihood has not improved for long enough."""
-        return self.done.epoch - self.done.best_epoch >= self.options.patience > 0
+        begin = max(self.done.best_epoch, self.options.head_first)
+        return self.done.epoch - begin >= self.options.patience > 0
+
+    @property
+    def _head_only(self) -> bool:
+        """Whether the present epoch trains the classification layer alone."""
+        return self.done.epoch < self.options.head_first
+
+    def _rate(self, sizes: Sequence[int]) -> float:
+        """Return the learning rate of the next step; each stage warms up and decays by itself."""
+        first = sum(sizes[: self.options.head_first])
+        step, total = self.done.step, first
+        if step >= first:
+            step, total = step - first, sum(sizes) - first
+        return learning_rate_at(step, total, self.options.learning_rate)
 
     def _run_epoch(
         self,
         train: Sequence[Example],
         plan: Sequence[list[list[int]]],
         *,
-        total: int,
+        sizes: Sequence[int],
         log: Log,
         bar: Bar,
     ) -> dict[str, float]:
@@ -232,13 +215,17 @@ class Fitter:
         for batches in plan:
             if metrics:
                 log.log(self.done.step, metrics)
-            rate = learning_rate_at(self.done.step, total, self.options.learning_rate)
+            rate = self._rate(sizes)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             examples = [[train[i] for i in indices] for indices in batches]
             loss, norm = self._step(examples)
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                self.done.diverged = f"loss {loss}, gradient norm {norm} at step {self.done.step}"
+                rows = [example for batch in examples for example in batch]
+                self.done.diverged = (
+                    f"loss {loss}, gradient norm {norm} at step {self.done.step}; "
+                    f"{broken_rows(rows, self.predict(rows))}"
+                )
                 break
             self.done.step += 1
             losses.append(loss)
@@ -251,6 +238,9 @@ class Fitter:
         loss = self.accumulate(
             [collate(b, self.head.targets, pad_id=self.options.pad_id) for b in batches]
         )
+        if self._head_only:
+            for parameter in self._body:  # without a gradient it takes no part in the step
+                parameter.grad = None
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
         if math.isfinite(loss) and math.isfinite(float(norm)):
             self.optimizer.step()
@@ -293,9 +283,13 @@ class Fitter:
 
     def _finish_epoch(self, last: dict[str, float], held_out: Sequence[Example], log: Log) -> None:
         """Measure the held-out likelihood, keep the weights if best, and save the state."""
-        nll = self.predict(held_out).nll()
+        predictions = self.predict(held_out)
+        nll = predictions.nll()
         if not math.isfinite(nll):
-            self.done.diverged = f"held-out likelihood {nll} after epoch {self.done.epoch + 1}"
+            self.done.diverged = (
+                f"held-out likelihood {nll} after epoch {self.done.epoch + 1}; "
+                f"{broken_rows(held_out, predictions)}"
+            )
             return
         self.done.epoch += 1
         self.done.history.append(

@@ -25,9 +25,10 @@ class Predictions:
     weights_P: Array
 
     def nll(self) -> float:
-        """Negative log-likelihood per unit of weight, nats."""
+        """Negative log-likelihood per unit of weight, nats; NaN where a margin is."""
         z, y, w = self.margins_P, self.targets_P, self.weights_P
-        return float((w * (np.logaddexp(0, z) - y * z)).sum() / w.sum())
+        with np.errstate(invalid="ignore"):
+            return float((w * (np.logaddexp(0, z) - y * z)).sum() / w.sum())
 
 
 def predict(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -33,7 +33,7 @@ from prm.checkpoint import (
     vocabulary_of,
 )
 from prm.data import Example, OnLong, Position, keep_short, make_examples
-from prm.fit import FitOptions, Fitter, default_learning_rate, default_step_tokens
+from prm.fit import FitOptions, Fitter
 from prm.heads import Head, get_head
 from prm.model import (
     Device,
@@ -47,6 +47,8 @@ from prm.model import (
     pick_device,
 )
 from prm.predict import predict
+from prm.schedule import default_learning_rate, default_step_tokens
+from prm.stages import StageConfig
 from trajectory.errors import InputError
 from trajectory.records import LabelledTrajectory
 from trajectory.run import config_dict, open_run
@@ -96,6 +98,7 @@ class TrainConfig:
     those that LoRA leaves alone have the format of the passes."""
     track: Literal["wandb", "jsonl", "none"] = "none"
     """Where curves go."""
+    stages: StageConfig = field(default_factory=StageConfig)
 
     def __post_init__(self) -> None:
         get_head(self.head)
@@ -284,6 +287,7 @@ def _fit_options(config: TrainConfig, model: nn.Module, split: Split, pad_id: in
         seed=config.seed,
         bfloat16=config.precision == "bfloat16" or (config.precision == "auto" and on_gpu),
         pad_id=pad_id,
+        head_first=config.stages.head_first,
     )
 
 
@@ -292,14 +296,18 @@ def _announce(split: Split, fitter: Fitter, *, base_rate: float, options: FitOpt
     if not fitter.accelerator.is_main_process:
         return
     tasks = split.tasks()
-    Console(stderr=True, highlight=False).print(
+    _say(
         f"{len(split.train)} trajectories of {len(tasks.train)} tasks to train on, "
         f"{len(split.held_out)} of {len(tasks.validation)} held out "
         f"({split.dropped_long} dropped as too long, {split.dropped_unlabelled} without labels); "
         f"base rate {base_rate:.3f}; {num_trainable(fitter.raw_model):,} trainable parameters; "
-        f"{options.step_tokens} tokens a step; peak learning rate {options.learning_rate:.2g}",
-        soft_wrap=True,
+        f"{options.step_tokens} tokens a step; peak learning rate {options.learning_rate:.2g}"
     )
+
+
+def _say(text: str) -> None:
+    """Tell the user one line."""
+    Console(stderr=True, highlight=False).print(text, soft_wrap=True)
 
 
 def _provenance(
@@ -328,7 +336,14 @@ def _save(
     held_out = predict(  # in float32, as scoring does
         model, split.held_out, head, batch_tokens=options.batch_tokens, pad_id=options.pad_id
     )
-    calibration = calibrate.fit(held_out.margins_P, held_out.targets_P, held_out.weights_P)
+    calibration = calibrate.fit(
+        held_out.margins_P,
+        held_out.targets_P,
+        held_out.weights_P,
+        method=config.stages.calibration,
+        groups=[e.task_id for e in split.held_out for _ in e.positions],
+    )
+    _say(calibrate.describe(calibration))
     tokenizer = open_tokenizer(config.model)
     tasks = split.tasks()
     constant = np.full_like(held_out.margins_P, logit(np.clip(base_rate, 1e-4, 1 - 1e-4)))

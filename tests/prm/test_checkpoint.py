@@ -132,7 +132,7 @@ def test_a_folder_that_is_no_prm_is_refused(base):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": "2.0"}, "schema version 2.0, this version reads 1.0"),
+        ({"schema_version": "2.0"}, "schema version 2.0, this version reads 1.1"),
         ({"schema_version": None}, "schema version None"),
         ({"rendering": 99}, "rendering 99, this version renders 1"),
         ({"head": "token"}, "head 'token' of kind 'value' is unknown; heads: binary, value"),
