@@ -1,4 +1,4 @@
-"""The optimisation loop: exact steps, early stopping on held-out likelihood, resumable state.
+"""The optimisation loop: exact steps, early stopping on held-out loss, resumable state.
 
 One optimizer step adds the summed losses of its batches and divides once by the step's total
 weight (rollouts, or labelled positions), over all processes: the gradient does not depend on how
@@ -63,7 +63,7 @@ class FitOptions:
     batch_tokens: int
     """Padded tokens of one forward pass."""
     patience: int
-    """Epochs without a better held-out likelihood before stopping."""
+    """Epochs without a better held-out loss before stopping."""
     seed: int
     bfloat16: bool
     """Whether forwards run in bfloat16; weights and losses stay float32."""
@@ -82,10 +82,10 @@ class Progressed:
     """Optimizer steps taken."""
     best_epoch: int = 0
     """Epoch of the kept weights, from 1; 0 if none."""
-    best_nll: float = math.inf
-    """Its held-out negative log-likelihood per unit of weight, nats."""
+    best_loss: float = math.inf
+    """Its held-out loss per unit of weight, nats."""
     history: list[dict[str, float]] = field(default_factory=list)
-    """Per epoch: training and held-out likelihood."""
+    """Per epoch: training and held-out loss."""
     diverged: str | None = None
     """Why training stopped early, if numbers broke down."""
 
@@ -141,7 +141,7 @@ class Fitter:
         return model
 
     def fit(self, train: Sequence[Example], held_out: Sequence[Example], log: Log) -> Progressed:
-        """Train until the epochs are used up, the likelihood stops improving, or numbers break.
+        """Train until the epochs are used up, the loss stops improving, or numbers break.
 
         Returns
         -------
@@ -181,7 +181,7 @@ class Fitter:
         )
 
     def _out_of_patience(self) -> bool:
-        """Tell whether the likelihood has not improved for long enough."""
+        """Tell whether the loss has not improved for long enough."""
         begin = max(self.done.best_epoch, self.options.head_first)
         return self.done.epoch - begin >= self.options.patience > 0
 
@@ -229,9 +229,9 @@ class Fitter:
                 break
             self.done.step += 1
             losses.append(loss)
-            metrics = {"train/nll": loss, "train/lr": rate, "train/grad_norm": norm}
-            bar.advance(1, epoch=self.done.epoch + 1, nll=loss)
-        return {**metrics, "train/epoch_nll": float(np.mean(losses or [math.nan]))}
+            metrics = {"train/loss": loss, "train/lr": rate, "train/grad_norm": norm}
+            bar.advance(1, epoch=self.done.epoch + 1, loss=loss)
+        return {**metrics, "train/epoch_loss": float(np.mean(losses or [math.nan]))}
 
     def _step(self, batches: Sequence[Sequence[Example]]) -> tuple[float, float]:
         """Take one optimizer step over batches of examples; returns its loss and gradient norm."""
@@ -279,26 +279,30 @@ class Fitter:
         """Sum the loss of one batch."""
         with autocast(self.accelerator.device, self.options.bfloat16):
             logits_PC = logits_at(self.model, batch)
-        return self.head.loss(logits_PC, batch.targets_P, batch.weights_P)
+        return self.head.loss(logits_PC, batch)
 
     def _finish_epoch(self, last: dict[str, float], held_out: Sequence[Example], log: Log) -> None:
-        """Measure the held-out likelihood, keep the weights if best, and save the state."""
+        """Measure the held-out loss, keep the weights if best, and save the state."""
         predictions = self.predict(held_out)
-        nll = predictions.nll()
-        if not math.isfinite(nll):
+        loss = predictions.loss
+        if not math.isfinite(loss):
             self.done.diverged = (
-                f"held-out likelihood {nll} after epoch {self.done.epoch + 1}; "
+                f"held-out loss {loss} after epoch {self.done.epoch + 1}; "
                 f"{broken_rows(held_out, predictions)}"
             )
             return
         self.done.epoch += 1
         self.done.history.append(
-            {"epoch": self.done.epoch, "train_nll": last["train/epoch_nll"], "held_out_nll": nll}
+            {
+                "epoch": self.done.epoch,
+                "train_loss": last["train/epoch_loss"],
+                "held_out_loss": loss,
+            }
         )
-        better = nll < self.done.best_nll
+        better = loss < self.done.best_loss
         if better:
-            self.done.best_epoch, self.done.best_nll = self.done.epoch, nll
-        log.log(self.done.step, {**last, "held_out/nll": nll, "epoch": float(self.done.epoch)})
+            self.done.best_epoch, self.done.best_loss = self.done.epoch, loss
+        log.log(self.done.step, {**last, "held_out/loss": loss, "epoch": float(self.done.epoch)})
         self._save(better=better)
 
     def predict(self, examples: Sequence[Example]) -> Predictions:

@@ -1,7 +1,8 @@
 """The network: a token classifier made from any base model, and its forward at scored positions.
 
 A new reward model is the base's own ``*ForTokenClassification`` class with a fresh linear head
-whose bias starts at the base rate, so training begins from the best constant prediction. With
+whose bias starts at the base rate, so training begins from the best constant prediction; the token
+head begins with rows of the base's language-model head instead (`prm.words`). With
 LoRA, adapters sit on every linear layer of the body and the head is trained in full; merging
 gives back an ordinary model of the same class.
 
@@ -31,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from prm.data import Batch
 from prm.heads import Head
+from prm.words import start_from_words, word_ids
 from trajectory.errors import InputError
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -83,7 +85,8 @@ def new_model(base: str | Path, head: Head, *, base_rate: float, seed: int) -> P
     head : Head
         Decides the number of classes.
     base_rate : float
-        Mean training target; the initial prediction everywhere.
+        Mean training target; the initial prediction everywhere, unless the head begins with words
+        of the base.
     seed : int
         Of the head's initial weights.
 
@@ -95,7 +98,8 @@ def new_model(base: str | Path, head: Head, *, base_rate: float, seed: int) -> P
     Raises
     ------
     InputError
-        If the base does not load, or its architecture has no token classifier.
+        If the base does not load, its architecture has no token classifier, or it does not know
+        the head's words as tokens.
     """
     config = open_config(base)
     config.id2label = dict(enumerate(head.classes))
@@ -116,9 +120,14 @@ def new_model(base: str | Path, head: Head, *, base_rate: float, seed: int) -> P
         raise InputError(f"{base} lacks weights its configuration asks for, such as {strange[0]}")
     layer = model.get_submodule(name)
     assert isinstance(layer, nn.Linear)
-    _start_at_base_rate(layer, base_rate, seed)
     _check_vocabulary(model, base)
     assert isinstance(model, PreTrainedModel)
+    if head.words:
+        ids = word_ids(open_tokenizer(base), head.classes)
+        with quiet_transformers():
+            start_from_words(model, layer, base=base, ids=ids)
+    else:
+        _start_at_base_rate(layer, base_rate, seed)
     return model
 
 

@@ -70,7 +70,8 @@ class TrainConfig:
     out: Path
     """Folder of the checkpoint; an interrupted run continues in it."""
     head: str = "value"
-    """What to predict: value (from rollout counts) or binary (from labels)."""
+    """What to predict: value (from rollout counts), binary, token, token:WRONG,RIGHT (begins with
+    the base's own rows of two words) or ranking (all from labels)."""
     position: Position = "observation"
     """Score a step after its observation, or right after its action."""
     lora_rank: int = 0
@@ -370,6 +371,7 @@ def _save(
             "learning_rate": options.learning_rate,
             "step_tokens": options.step_tokens,
             "base_rate": base_rate,
+            "held_out_loss": held_out.loss,
             "held_out_nll": held_out.nll(),
             "base_rate_nll": replace(held_out, margins_P=constant).nll(),
         },

@@ -91,12 +91,12 @@ def test_training_lowers_both_likelihoods_and_keeps_the_best_weights(base, examp
     after = fitter.predict(examples[16:]).nll()
     assert done.epoch == 6
     assert after < before
-    assert after == pytest.approx(min(h["held_out_nll"] for h in done.history), abs=1e-6)
-    assert after == pytest.approx(done.best_nll, abs=1e-6)
-    assert done.history[-1]["train_nll"] < done.history[0]["train_nll"]
+    assert after == pytest.approx(min(h["held_out_loss"] for h in done.history), abs=1e-6)
+    assert after == pytest.approx(done.best_loss, abs=1e-6)
+    assert done.history[-1]["train_loss"] < done.history[0]["train_loss"]
     steps = [step for step, _ in curves.entries]
     assert steps == list(range(1, done.step + 1))
-    assert [round(m["epoch"]) for _, m in curves.entries if "held_out/nll" in m] == [*range(1, 7)]
+    assert [round(m["epoch"]) for _, m in curves.entries if "held_out/loss" in m] == [*range(1, 7)]
 
 
 def test_it_stops_when_the_held_out_likelihood_stops_improving(
@@ -105,12 +105,13 @@ def test_it_stops_when_the_held_out_likelihood_stops_improving(
     losses = iter([0.5, 0.4, 0.45, 0.41, 0.3])
 
     class Fixed:
-        def nll(self):
+        @property
+        def loss(self):
             return next(losses)
 
     monkeypatch.setattr("prm.fit.predict", lambda *a, **k: Fixed())
     done = fitter_of(base, tmp_path, epochs=5, patience=2).fit(examples, examples, Curves())
-    assert (done.epoch, done.best_epoch, done.best_nll) == (4, 2, 0.4)
+    assert (done.epoch, done.best_epoch, done.best_loss) == (4, 2, 0.4)
 
 
 def test_broken_numbers_stop_training_with_the_best_weights(base, examples, tmp_path, monkeypatch):
@@ -125,7 +126,7 @@ def test_broken_numbers_stop_training_with_the_best_weights(base, examples, tmp_
     assert (done.epoch, done.best_epoch) == (1, 1)
     assert all(torch.isfinite(p).all() for p in fitter.raw_model.parameters())
     after = fitter.predict(examples).nll()
-    assert after == pytest.approx(done.best_nll, abs=1e-6)
+    assert after == pytest.approx(done.best_loss, abs=1e-6)
 
 
 def test_the_first_stage_trains_the_head_alone_and_the_second_all(base, examples, tmp_path):
@@ -154,7 +155,8 @@ def test_patience_counts_from_the_end_of_the_first_stage(base, examples, tmp_pat
     losses = iter([0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
 
     class Fixed:
-        def nll(self):
+        @property
+        def loss(self):
             return next(losses)
 
     monkeypatch.setattr("prm.fit.predict", lambda *a, **k: Fixed())
@@ -188,9 +190,7 @@ def test_a_row_that_breaks_the_held_out_likelihood_is_named(base, tmp_path):
     fitter = fitter_of(base, tmp_path)
     spoil_token(fitter, examples, examples[-1])
     done = fitter.fit(examples[:8], examples[8:], Curves())
-    assert "held-out likelihood nan after epoch 1; rows without finite scores: ZÄ0/0" in (
-        done.diverged
-    )
+    assert "held-out loss nan after epoch 1; rows without finite scores: ZÄ0/0" in (done.diverged)
 
 
 def test_the_rate_warms_up_and_falls_to_zero():

@@ -153,8 +153,8 @@ def test_curves_are_tracked(base, labels, tmp_path):
     config = small_config(base, labels, tmp_path / "prm", track="jsonl")
     train(config)
     entries = read_metrics(config.out)
-    assert all("train/nll" in e.metrics for e in entries)
-    assert sum("held_out/nll" in e.metrics for e in entries) == 2
+    assert all("train/loss" in e.metrics for e in entries)
+    assert sum("held_out/loss" in e.metrics for e in entries) == 2
 
 
 def test_dropped_rows_are_counted(base, tmp_path):
