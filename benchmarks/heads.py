@@ -60,7 +60,7 @@ class HeadsConfig:
     work: Path
     """Folder for the runs; finished ones are not repeated."""
     seeds: int = 5
-    steps: int = 150
+    steps: int = 120
     """Optimizer steps of each run, at most, each of 1024 tokens."""
 
     def __post_init__(self) -> None:
@@ -95,11 +95,7 @@ ARMS = (
     Arm(head="ranking", target="soft", rollouts="1"),
     Arm(head="value", target="counts", rollouts="1", position="action"),
     Arm(head="value", target="counts", rollouts="8"),
-    Arm(head="binary", target="soft", rollouts="8"),
     Arm(head="binary", target="hard", rollouts="8"),
-    Arm(head="token", target="soft", rollouts="8"),
-    Arm(head="ranking", target="soft", rollouts="8"),
-    Arm(head="value", target="counts", rollouts="8", position="action"),
 )
 
 

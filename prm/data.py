@@ -109,6 +109,10 @@ class Batch:
     """Row and token index of every scored position, rows in order, prefixes in order."""
     targets_P: torch.Tensor
     weights_P: torch.Tensor
+    lines_P: torch.Tensor | None = None
+    """Line of the tensors that holds each position; None where every row has one of its own."""
+    position_ids_BT: torch.Tensor | None = None
+    """Where packed rows begin: 0 at the first token of each; None where nothing is packed."""
 
 
 def render(
@@ -299,7 +303,12 @@ def keep_short(
 
 
 def plan_steps(
-    lengths: Sequence[int], *, step_tokens: int, batch_tokens: int, seed: int
+    lengths: Sequence[int],
+    *,
+    step_tokens: int,
+    batch_tokens: int,
+    seed: int,
+    group: Callable[..., list[list[int]]] | None = None,
 ) -> list[list[list[int]]]:
     """Cut a shuffled epoch into optimizer steps, and each step into padded batches.
 
@@ -313,6 +322,8 @@ def plan_steps(
         Most padded tokens of one forward pass; a longer single example is a batch of its own.
     seed : int
         Decides the shuffle; the same seed gives the same plan.
+    group : callable, optional
+        Cuts a step into batches; None is `group_by_length`.
 
     Returns
     -------
@@ -330,7 +341,8 @@ def plan_steps(
             tokens = 0
         steps[-1].append(index)
         tokens += lengths[index]
-    return [group_by_length(step, lengths, batch_tokens=batch_tokens) for step in steps if step]
+    cut = group or group_by_length
+    return [cut(step, lengths, batch_tokens=batch_tokens) for step in steps if step]
 
 
 def group_by_length(

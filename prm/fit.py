@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,9 +21,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from prm.data import Batch, Example, collate, plan_steps
+from prm.data import Batch, Example, collate, group_by_length, plan_steps
 from prm.heads import Head
 from prm.model import autocast, logits_at, to_device
+from prm.packing import collate_packed, group_packed
 from prm.predict import Predictions, predict
 from prm.schedule import learning_rate_at
 from prm.stages import body_parameters, broken_rows
@@ -70,6 +71,8 @@ class FitOptions:
     pad_id: int
     head_first: int = 0
     """Passes before those, with the classification layer alone."""
+    packing: bool = False
+    """Whether rows are packed instead of padded."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -178,6 +181,7 @@ class Fitter:
             step_tokens=self.options.step_tokens,
             batch_tokens=self.options.batch_tokens,
             seed=derive_seed(self.options.seed, epoch),
+            group=group_packed if self.options.packing else group_by_length,
         )
 
     def _out_of_patience(self) -> bool:
@@ -235,8 +239,9 @@ class Fitter:
 
     def _step(self, batches: Sequence[Sequence[Example]]) -> tuple[float, float]:
         """Take one optimizer step over batches of examples; returns its loss and gradient norm."""
+        gather = collate_packed if self.options.packing else collate
         loss = self.accumulate(
-            [collate(b, self.head.targets, pad_id=self.options.pad_id) for b in batches]
+            [gather(b, self.head.targets, pad_id=self.options.pad_id) for b in batches]
         )
         if self._head_only:
             for parameter in self._body:  # without a gradient it takes no part in the step
@@ -360,14 +365,7 @@ class _Silent:
 
 def _weightless(batch: Batch) -> Batch:
     """Copy a batch with every position masked."""
-    return Batch(
-        input_ids_BT=batch.input_ids_BT,
-        attention_mask_BT=batch.attention_mask_BT,
-        rows_P=batch.rows_P,
-        columns_P=batch.columns_P,
-        targets_P=batch.targets_P,
-        weights_P=torch.zeros_like(batch.weights_P),
-    )
+    return replace(batch, weights_P=torch.zeros_like(batch.weights_P))
 
 
 def _write(path: Path, state: object) -> None:

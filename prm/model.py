@@ -15,6 +15,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -235,25 +236,27 @@ def logits_at(model: nn.Module, batch: Batch) -> torch.Tensor:
     Tensor, shape (P, C)
         In float32.
     """
-    padded = not bool(batch.attention_mask_BT.all())
-    output = model(
-        input_ids=batch.input_ids_BT,
-        attention_mask=batch.attention_mask_BT if padded else None,
-    )
-    logits_PC: torch.Tensor = output.logits[batch.rows_P, batch.columns_P]
+    if batch.position_ids_BT is not None:
+        output = model(
+            input_ids=batch.input_ids_BT,
+            position_ids=batch.position_ids_BT,
+            use_cache=False,  # with a cache, transformers does not look for packed rows
+        )
+    else:
+        padded = not bool(batch.attention_mask_BT.all())
+        output = model(
+            input_ids=batch.input_ids_BT,
+            attention_mask=batch.attention_mask_BT if padded else None,
+        )
+    lines_P = batch.rows_P if batch.lines_P is None else batch.lines_P
+    logits_PC: torch.Tensor = output.logits[lines_P, batch.columns_P]
     return logits_PC.float()
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Move a batch."""
-    return Batch(
-        input_ids_BT=batch.input_ids_BT.to(device),
-        attention_mask_BT=batch.attention_mask_BT.to(device),
-        rows_P=batch.rows_P.to(device),
-        columns_P=batch.columns_P.to(device),
-        targets_P=batch.targets_P.to(device),
-        weights_P=batch.weights_P.to(device),
-    )
+    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return Batch(**{name: None if t is None else t.to(device) for name, t in tensors.items()})
 
 
 def open_config(base: str | Path) -> PretrainedConfig:

@@ -1,4 +1,4 @@
-"""What may come before and after the main stage of training: the head alone, and calibration.
+"""The stage that trains the head alone, and what to say of rows that break the numbers.
 
 With ``--head-first N`` the first N epochs train the classification layer only, so that its first,
 arbitrary gradients do not distort the body (Kumar et al., arXiv:2202.10054). Each of the two
@@ -8,33 +8,15 @@ stages has its own warm-up and decay of the learning rate.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
 
-from prm.calibrate import Method
 from prm.data import Example
 from prm.predict import Predictions
-from trajectory.errors import InputError
 
 _HEAD_NAMES = frozenset({"score", "classifier"})
 _SHOWN = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageConfig:
-    """What comes before and after the main stage of training."""
-
-    head_first: int = 0
-    """Epochs that train the classification layer alone, before the others; 0 has no such stage."""
-    calibration: Method = "platt"
-    """Fitted on the held-out part: platt keeps the ranking of scores, isotonic bends more but may
-    make scores equal, none leaves them as they are."""
-
-    def __post_init__(self) -> None:
-        if self.head_first < 0:
-            raise InputError("--head-first must not be negative")
 
 
 def is_head(name: str) -> bool:

@@ -46,9 +46,10 @@ from prm.model import (
     open_tokenizer,
     pick_device,
 )
+from prm.packing import check_packing
 from prm.predict import predict
+from prm.recipe import RecipeConfig
 from prm.schedule import default_learning_rate, default_step_tokens
-from prm.stages import StageConfig
 from trajectory.errors import InputError
 from trajectory.records import LabelledTrajectory
 from trajectory.run import config_dict, open_run
@@ -99,7 +100,7 @@ class TrainConfig:
     those that LoRA leaves alone have the format of the passes."""
     track: Literal["wandb", "jsonl", "none"] = "none"
     """Where curves go."""
-    stages: StageConfig = field(default_factory=StageConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
 
     def __post_init__(self) -> None:
         get_head(self.head)
@@ -180,6 +181,8 @@ def _train(
     split = prepare(config, rows, tokenizer, head)
     base_rate = _base_rate(split.train, head)
     model: nn.Module = new_model(config.model, head, base_rate=base_rate, seed=config.seed)
+    if config.recipe.packing:
+        check_packing(model, vocabulary=len(tokenizer))
     if config.lora_rank:
         assert isinstance(model, PreTrainedModel)
         model = add_lora(model, rank=config.lora_rank, seed=config.seed)
@@ -288,7 +291,8 @@ def _fit_options(config: TrainConfig, model: nn.Module, split: Split, pad_id: in
         seed=config.seed,
         bfloat16=config.precision == "bfloat16" or (config.precision == "auto" and on_gpu),
         pad_id=pad_id,
-        head_first=config.stages.head_first,
+        head_first=config.recipe.head_first,
+        packing=config.recipe.packing,
     )
 
 
@@ -341,7 +345,7 @@ def _save(
         held_out.margins_P,
         held_out.targets_P,
         held_out.weights_P,
-        method=config.stages.calibration,
+        method=config.recipe.calibration,
         groups=[e.task_id for e in split.held_out for _ in e.positions],
     )
     _say(calibrate.describe(calibration))

@@ -15,8 +15,8 @@ from prm.calibrate import apply
 from prm.checkpoint import is_checkpoint, load_metadata, load_tasks
 from prm.heads import HEADS
 from prm.model import open_tokenizer
+from prm.recipe import RecipeConfig
 from prm.score import Scorer
-from prm.stages import StageConfig
 from prm.train import STATE, TrainConfig, prepare, train
 from tests.prm.synthetic import (
     label_row,
@@ -220,8 +220,8 @@ def test_impossible_labels_in_a_folder_are_refused_with_their_row(
 def test_a_head_first_run_that_was_interrupted_continues_to_the_same_bytes(
     base, labels, tmp_path, monkeypatch
 ):
-    stages = StageConfig(head_first=2, calibration="isotonic")
-    whole = small_config(base, labels, tmp_path / "whole", epochs=1, patience=0, stages=stages)
+    recipe = RecipeConfig(head_first=2, calibration="isotonic")
+    whole = small_config(base, labels, tmp_path / "whole", epochs=1, patience=0, recipe=recipe)
     train(whole)
     parts = replace(whole, out=tmp_path / "parts")
     measured, calls = fit.predict, []
@@ -243,8 +243,8 @@ def test_a_head_first_run_that_was_interrupted_continues_to_the_same_bytes(
 
 @pytest.mark.parametrize("method", ["isotonic", "none"])
 def test_the_calibration_of_choice_is_stored_and_applied(base, labels, tmp_path, method, capsys):
-    stages = StageConfig(calibration=method)
-    config = small_config(base, labels, tmp_path / "prm", stages=stages)
+    recipe = RecipeConfig(calibration=method)
+    config = small_config(base, labels, tmp_path / "prm", recipe=recipe)
     train(config)
     stored = load_metadata(config.out).calibration
     assert (stored.method, stored.fitted) == (method, method == "isotonic")
