@@ -10,7 +10,7 @@ a resumed run equals an uninterrupted one.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from prm.model import autocast, logits_at, to_device
 from prm.packing import collate_packed, group_packed
 from prm.predict import Predictions, predict
 from prm.schedule import learning_rate_at
+from prm.sharded import cut_like, gather, gather_optimizer, is_sharded, load_optimizer
 from prm.stages import body_parameters, broken_rows
 from trajectory.atomic import atomic_path
 from trajectory.progress import progress
@@ -132,6 +133,7 @@ class Fitter:
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self._body = body_parameters(self.raw_model)
+        self._sharded = is_sharded(self.raw_model)
         self.done = Progressed()
         if self._latest.is_file():
             self._restore()
@@ -141,6 +143,17 @@ class Fitter:
         """The model without accelerate's wrappers."""
         model = self.accelerator.unwrap_model(self.model)
         assert isinstance(model, nn.Module)
+        return model
+
+    def whole_model(self, fresh: Callable[[], nn.Module]) -> nn.Module:
+        """Return the model unwrapped; its trained weights in a fresh copy where FSDP shards them.
+
+        All processes call it, since gathering weights needs them all.
+        """
+        if not self._sharded:
+            return self.raw_model
+        weights, model = self._weights(), fresh()
+        model.load_state_dict(weights, strict=False)  # what is frozen is as in any fresh copy
         return model
 
     def fit(self, train: Sequence[Example], held_out: Sequence[Example], log: Log) -> Progressed:
@@ -324,14 +337,16 @@ class Fitter:
 
     def _save(self, *, better: bool) -> None:
         """Write the state; the best weights first, so that a state never points at missing ones."""
-        if self.accelerator.is_main_process:
-            weights = self._weights()
+        main = self.accelerator.is_main_process
+        if main or self._sharded:
+            weights, optimizer = self._weights(), gather_optimizer(self.optimizer)
+        if main:
             if better:
                 _write(self._best, weights)
             state = {
                 "progressed": asdict(self.done),
                 "weights": weights,
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": optimizer,
             }
             _write(self._latest, state)
         self.accelerator.wait_for_everyone()
@@ -341,19 +356,19 @@ class Fitter:
         state = torch.load(self._latest, map_location="cpu", weights_only=True)
         self.done = Progressed(**state["progressed"])
         self._load_weights(state["weights"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
 
     def _weights(self) -> dict[str, torch.Tensor]:
         """Return the trained parameters on the CPU."""
         named = self.raw_model.named_parameters()
-        return {name: p.detach().cpu() for name, p in named if p.requires_grad}
+        return {name: gather(p) for name, p in named if p.requires_grad}
 
     def _load_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """Put trained parameters back."""
         named = dict(self.raw_model.named_parameters())
         with torch.no_grad():
             for name, value in weights.items():
-                named[name].copy_(value)
+                named[name].copy_(cut_like(value, named[name]))
 
 
 class _Silent:

@@ -20,7 +20,7 @@ from rich.console import Console
 from scipy.special import logit
 from sklearn.model_selection import GroupShuffleSplit
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from prm import calibrate
 from prm.checkpoint import (
@@ -180,12 +180,16 @@ def _train(
     tokenizer = open_tokenizer(config.model)
     split = prepare(config, rows, tokenizer, head)
     base_rate = _base_rate(split.train, head)
-    model: nn.Module = new_model(config.model, head, base_rate=base_rate, seed=config.seed)
+
+    def fresh() -> nn.Module:
+        model = new_model(config.model, head, base_rate=base_rate, seed=config.seed)
+        if not config.lora_rank:
+            return model
+        return add_lora(model, rank=config.lora_rank, seed=config.seed)
+
+    model = fresh()
     if config.recipe.packing:
         check_packing(model, vocabulary=len(tokenizer))
-    if config.lora_rank:
-        assert isinstance(model, PreTrainedModel)
-        model = add_lora(model, rank=config.lora_rank, seed=config.seed)
     options = _fit_options(config, model, split, tokenizer.pad_token_id)
     if options.bfloat16 and accelerator.distributed_type is not DistributedType.FSDP:
         _halve_frozen(model)  # FSDP shards weights of one number format only
@@ -203,9 +207,10 @@ def _train(
         done = fitter.fit(split.train, split.held_out, tracker)
     finally:
         tracker.close()
+    whole = fitter.whole_model(fresh)
     if accelerator.is_main_process and done.best_epoch:
         provenance = _provenance(config, rows, parents)
-        _save(config, fitter, split, provenance=provenance, base_rate=base_rate)
+        _save(config, fitter, whole, split, provenance=provenance, base_rate=base_rate)
     accelerator.wait_for_everyone()
     if done.diverged is not None:
         kept = (
@@ -330,13 +335,14 @@ def _provenance(
 def _save(
     config: TrainConfig,
     fitter: Fitter,
+    whole: nn.Module,
     split: Split,
     *,
     provenance: Provenance,
     base_rate: float,
 ) -> None:
     """Merge, calibrate on the held-out part, write the folder and remove the resumable state."""
-    model = merge_lora(fitter.raw_model.float())
+    model = merge_lora(whole.float())
     head, done, options = fitter.head, fitter.done, fitter.options
     held_out = predict(  # in float32, as scoring does
         model, split.held_out, head, batch_tokens=options.batch_tokens, pad_id=options.pad_id
