@@ -15,7 +15,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -256,7 +256,7 @@ def logits_at(model: nn.Module, batch: Batch) -> torch.Tensor:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Move a batch."""
     tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    return Batch(**{name: None if t is None else t.to(device) for name, t in tensors.items()})
+    return replace(batch, **{n: t.to(device) for n, t in tensors.items() if t is not None})
 
 
 def open_config(base: str | Path) -> PretrainedConfig:
