@@ -38,6 +38,11 @@ COMMANDS = {
         "benchmarks.folds:split",
         "a label folder split by task, for out-of-fold scores",
     ),
+    "heads": Command(
+        "benchmarks.heads:HeadsConfig",
+        "benchmarks.heads:compare",
+        "heads, targets and rollouts per state at equal tokens, against exact values",
+    ),
     "curves": Command(
         "benchmarks.curves:CurvesConfig",
         "benchmarks.curves:compare",

@@ -24,14 +24,14 @@ from transformers import AutoModelForTokenClassification, PreTrainedModel, PreTr
 
 from prm.calibrate import Calibration
 from prm.data import RENDERING, Position
-from prm.heads import HEADS, Head, Kind
+from prm.heads import Head, Kind, get_head
 from prm.model import embedding_rows, open_tokenizer, quiet_transformers
 from trajectory.atomic import atomic_folder
 from trajectory.errors import InputError
 from trajectory.run import sha256_of
 
-SCHEMA_VERSION = "1.0"
-"""``major.minor`` of ``prm.json``; other majors are refused."""
+SCHEMA_VERSION = "1.1"
+"""``major.minor`` of ``prm.json``; other majors are refused. 1.1 added isotonic calibration."""
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -187,7 +187,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         model=model,
         tokenizer=tokenizer,
         metadata=metadata,
-        head=HEADS[metadata.head],
+        head=get_head(metadata.head),
         hash=sha256_of(folder / METADATA),
     )
 
@@ -199,10 +199,11 @@ def _load_model(folder: Path, metadata: Metadata, vocabulary: Vocabulary) -> Pre
             model = AutoModelForTokenClassification.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"the weights in {folder} do not load: {error}") from error
-    if model.config.num_labels != len(HEADS[metadata.head].classes):
+    classes = len(get_head(metadata.head).classes)
+    if model.config.num_labels != classes:
         raise InputError(
             f"the model in {folder} has {model.config.num_labels} classes, head "
-            f"{metadata.head!r} needs {len(HEADS[metadata.head].classes)}"
+            f"{metadata.head!r} needs {classes}"
         )
     rows = embedding_rows(model)
     if vocabulary.size > rows:
@@ -237,11 +238,14 @@ def load_metadata(folder: str | Path) -> Metadata:
             f"{folder} was trained with rendering {metadata.rendering}, this version renders "
             f"{RENDERING}: use the version that wrote it, or train again"
         )
-    head = HEADS.get(metadata.head)
-    if head is None or head.kind != metadata.kind:
+    try:
+        kind = get_head(metadata.head).kind
+    except InputError as error:
+        raise InputError(f"{folder / METADATA}: {error}") from error
+    if kind != metadata.kind:
         raise InputError(
-            f"{folder / METADATA}: head {metadata.head!r} of kind {metadata.kind!r} is unknown; "
-            f"heads: {', '.join(sorted(HEADS))}"
+            f"{folder / METADATA}: head {metadata.head!r} is of kind {kind!r}, not "
+            f"{metadata.kind!r}: restore the file, or train again"
         )
     return metadata
 

@@ -77,6 +77,25 @@ class Example:
     task_id: str
     trajectory_id: str
 
+    def __post_init__(self) -> None:
+        sizes = [len(self.positions), len(self.rollouts), len(self.correct), len(self.values)]
+        if len(set(sizes)) != 1:
+            raise InputError(
+                f"row {self.trajectory_id}: {sizes[0]} scored prefixes, but {sizes[1]} rollout "
+                f"counts, {sizes[2]} counts of right answers and {sizes[3]} labels"
+            )
+        for t, (n, c, v) in enumerate(zip(self.rollouts, self.correct, self.values, strict=True)):
+            if not 0 <= c <= n:
+                raise InputError(
+                    f"row {self.trajectory_id}, prefix {t}: {c} right answers of {n} rollouts; "
+                    "give counts with 0 <= right <= rollouts"
+                )
+            if v is not None and not 0 <= v <= 1:
+                raise InputError(
+                    f"row {self.trajectory_id}, prefix {t}: label {v} is not in [0, 1]; give None "
+                    "where it is unknown"
+                )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
@@ -90,6 +109,10 @@ class Batch:
     """Row and token index of every scored position, rows in order, prefixes in order."""
     targets_P: torch.Tensor
     weights_P: torch.Tensor
+    lines_P: torch.Tensor | None = None
+    """Line of the tensors that holds each position; None where every row has one of its own."""
+    position_ids_BT: torch.Tensor | None = None
+    """Where packed rows begin: 0 at the first token of each; None where nothing is packed."""
 
 
 def render(
@@ -280,7 +303,12 @@ def keep_short(
 
 
 def plan_steps(
-    lengths: Sequence[int], *, step_tokens: int, batch_tokens: int, seed: int
+    lengths: Sequence[int],
+    *,
+    step_tokens: int,
+    batch_tokens: int,
+    seed: int,
+    group: Callable[..., list[list[int]]] | None = None,
 ) -> list[list[list[int]]]:
     """Cut a shuffled epoch into optimizer steps, and each step into padded batches.
 
@@ -294,6 +322,8 @@ def plan_steps(
         Most padded tokens of one forward pass; a longer single example is a batch of its own.
     seed : int
         Decides the shuffle; the same seed gives the same plan.
+    group : callable, optional
+        Cuts a step into batches; None is `group_by_length`.
 
     Returns
     -------
@@ -311,7 +341,8 @@ def plan_steps(
             tokens = 0
         steps[-1].append(index)
         tokens += lengths[index]
-    return [group_by_length(step, lengths, batch_tokens=batch_tokens) for step in steps if step]
+    cut = group or group_by_length
+    return [cut(step, lengths, batch_tokens=batch_tokens) for step in steps if step]
 
 
 def group_by_length(

@@ -16,15 +16,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
+from prm.attack_report import (
+    AttackConfig,
+    attack_held_out,
+    attack_json,
+    check_gate,
+    print_attacks,
+)
 from prm.baseline import cross_fit_logistic
 from prm.checkpoint import load_tasks
+from prm.evaluation_table import print_report
 from prm.metrics import Array, Estimate, Items, estimate, make_items
 from prm.model import Device
 from prm.reliability import draw_reliability
@@ -64,6 +70,7 @@ class EvaluateConfig:
     """Bootstrap resamples behind the intervals."""
     seed: int = 0
     device: Device = "auto"
+    attack: AttackConfig = field(default_factory=AttackConfig)
 
     def __post_init__(self) -> None:
         if self.resamples < 100:
@@ -105,6 +112,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, JsonValue]:
     ------
     InputError
         If an input is unusable or every task was trained on.
+    GateError
+        If attacks succeed more often than the user allows; the report is written all the same.
     """
     labels_path = config.labels / "labels.parquet"
     rows = read_labels(labels_path)
@@ -126,6 +135,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, JsonValue]:
         prefixes = score_prefixes(held_out, scorer, calibrated=config.calibrated)
         sections = build_sections(prefixes, aggregation=scorer.metadata.aggregation)
         report = _report(config, scorer, sections)
+        attacked = attack_held_out(
+            [row.trajectory for row in held_out],
+            scorer,
+            config.attack,
+            calibrated=config.calibrated,
+            resamples=config.resamples,
+            seed=config.seed,
+        )
         seen = {r.trajectory.task.task_id for r in rows}
         counts = {
             "tasks": len({r.trajectory.task.task_id for r in held_out}),
@@ -136,6 +153,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, JsonValue]:
             "validation_tasks": len(seen & set(tasks.validation)),
         }
         report["counts"] = dict(counts)
+        if attacked:
+            report["attacks"] = attack_json(attacked, config.attack)
         with atomic_path(out / "metrics.json") as temporary:
             temporary.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
         draw_reliability(
@@ -144,8 +163,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, JsonValue]:
             resamples=config.resamples,
             seed=config.seed,
         )
-        _print(report, out)
+        print_report(report, out)
+        print_attacks(attacked, config.attack)
         run.finish(counts)
+    check_gate(attacked, config.attack.max_attack_rate)
     return report
 
 
@@ -348,38 +369,3 @@ def _spread(rollouts: Array) -> JsonValue:
         "median": float(np.median(rollouts)),
         "most": int(rollouts.max()),
     }
-
-
-def _print(report: Mapping[str, JsonValue], out: Path) -> None:
-    """Print the report as a table."""
-    table = Table(title="Process reward model on held-out tasks")
-    for column in ("items", "metric", "PRM", "position + length"):
-        table.add_column(column)
-    sections = report["sections"]
-    assert isinstance(sections, dict)
-    for name, section in sections.items():
-        assert isinstance(section, dict)
-        prm, baseline = section["prm"], section["baseline"]
-        assert isinstance(prm, dict)
-        assert isinstance(baseline, dict)
-        label = f"{name.replace('_', ' ')} ({section['items']})"
-        for number, metric in enumerate(prm):
-            shown = "" if number else label
-            table.add_row(shown, metric, _show(prm[metric]), _show(baseline[metric]))
-        table.add_section()
-    exact = report.get("spearman_exact")
-    if isinstance(exact, dict):
-        table.add_row(f"exact states ({exact['states']})", "spearman_exact", _show(exact), "")
-    console = Console()
-    console.print(table)
-    console.print(f"{out / 'metrics.json'}, {out / 'reliability.png'}", soft_wrap=True)
-
-
-def _show(value: JsonValue) -> str:
-    """Render an estimate."""
-    assert isinstance(value, dict)
-    if value["value"] is None:
-        return f"- ({value['reason']})"
-    if value["low"] is None:
-        return f"{value['value']:.3f}"
-    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"

@@ -1,4 +1,4 @@
-"""The optimisation loop: exact steps, early stopping on held-out likelihood, resumable state.
+"""The optimisation loop: exact steps, early stopping on held-out loss, resumable state.
 
 One optimizer step adds the summed losses of its batches and divides once by the step's total
 weight (rollouts, or labelled positions), over all processes: the gradient does not depend on how
@@ -10,9 +10,9 @@ a resumed run equals an uninterrupted one.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,18 +21,20 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from prm.data import Batch, Example, collate, plan_steps
+from prm.data import Batch, Example, collate, group_by_length, plan_steps
 from prm.heads import Head
-from prm.model import autocast, logits_at, num_trainable, to_device
+from prm.model import autocast, logits_at, to_device
+from prm.packing import collate_packed, group_packed
 from prm.predict import Predictions, predict
+from prm.schedule import learning_rate_at
+from prm.sharded import cut_like, gather, gather_optimizer, is_sharded, load_optimizer
+from prm.stages import body_parameters, broken_rows
 from trajectory.atomic import atomic_path
 from trajectory.progress import progress
 from trajectory.seeds import derive_seed
 
 MAX_GRAD_NORM = 1.0
 WEIGHT_DECAY = 0.01
-WARMUP_SHARE = 0.1
-"""Share of all steps over which the learning rate rises from 0."""
 
 
 class Log(Protocol):
@@ -56,17 +58,22 @@ class FitOptions:
     """How to train."""
 
     epochs: int
+    """Passes over the rows with all free parameters."""
     learning_rate: float
     step_tokens: int
     """Real tokens of one optimizer step."""
     batch_tokens: int
     """Padded tokens of one forward pass."""
     patience: int
-    """Epochs without a better held-out likelihood before stopping."""
+    """Epochs without a better held-out loss before stopping."""
     seed: int
     bfloat16: bool
     """Whether forwards run in bfloat16; weights and losses stay float32."""
     pad_id: int
+    head_first: int = 0
+    """Passes before those, with the classification layer alone."""
+    packing: bool = False
+    """Whether rows are packed instead of padded."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -79,48 +86,12 @@ class Progressed:
     """Optimizer steps taken."""
     best_epoch: int = 0
     """Epoch of the kept weights, from 1; 0 if none."""
-    best_nll: float = math.inf
-    """Its held-out negative log-likelihood per unit of weight, nats."""
+    best_loss: float = math.inf
+    """Its held-out loss per unit of weight, nats."""
     history: list[dict[str, float]] = field(default_factory=list)
-    """Per epoch: training and held-out likelihood."""
+    """Per epoch: training and held-out loss."""
     diverged: str | None = None
     """Why training stopped early, if numbers broke down."""
-
-
-def default_learning_rate(model: nn.Module, *, lora: bool) -> float:
-    """Choose a learning rate by size: 1e-3 at a million parameters, falling with the square root.
-
-    LoRA uses 2e-4 at any size (its updates are low-rank, hence larger rates are stable).
-    """
-    if lora:
-        return 2e-4
-    return float(np.clip(1e-3 * math.sqrt(1e6 / num_trainable(model)), 1e-5, 1e-3))
-
-
-def default_step_tokens(epoch_tokens: int) -> int:
-    """Choose the size of an optimizer step: about 32 steps an epoch, 2048 to 16384 tokens each.
-
-    Examples
-    --------
-    >>> default_step_tokens(30_000), default_step_tokens(160_000), default_step_tokens(10**7)
-    (2048, 5000, 16384)
-    """
-    return min(max(epoch_tokens // 32, 2048), 16_384)
-
-
-def learning_rate_at(step: int, total: int, peak: float) -> float:
-    """Linear warm-up, then a cosine to zero.
-
-    Examples
-    --------
-    >>> [round(learning_rate_at(s, 20, 1.0), 3) for s in (0, 1, 2, 11, 20)]
-    [0.5, 1.0, 1.0, 0.5, 0.0]
-    """
-    warmup = max(1, round(WARMUP_SHARE * total))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, total - warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 class Fitter:
@@ -161,6 +132,8 @@ class Fitter:
             lr=options.learning_rate,
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self._body = body_parameters(self.raw_model)
+        self._sharded = is_sharded(self.raw_model)
         self.done = Progressed()
         if self._latest.is_file():
             self._restore()
@@ -172,8 +145,19 @@ class Fitter:
         assert isinstance(model, nn.Module)
         return model
 
+    def whole_model(self, fresh: Callable[[], nn.Module]) -> nn.Module:
+        """Return the model unwrapped; its trained weights in a fresh copy where FSDP shards them.
+
+        All processes call it, since gathering weights needs them all.
+        """
+        if not self._sharded:
+            return self.raw_model
+        weights, model = self._weights(), fresh()
+        model.load_state_dict(weights, strict=False)  # what is frozen is as in any fresh copy
+        return model
+
     def fit(self, train: Sequence[Example], held_out: Sequence[Example], log: Log) -> Progressed:
-        """Train until the epochs are used up, the likelihood stops improving, or numbers break.
+        """Train until the epochs are used up, the loss stops improving, or numbers break.
 
         Returns
         -------
@@ -181,13 +165,14 @@ class Fitter:
             The model then holds the weights of ``best_epoch``, or its initial ones where no epoch
             was ever finished.
         """
-        plans = [self._plan(train, epoch) for epoch in range(self.options.epochs)]
-        total = sum(len(plan) for plan in plans)
-        with self._progress(total) as bar:
-            for epoch in range(self.done.epoch, self.options.epochs):
+        epochs = self.options.head_first + self.options.epochs
+        plans = [self._plan(train, epoch) for epoch in range(epochs)]
+        sizes = [len(plan) for plan in plans]
+        with self._progress(sum(sizes)) as bar:
+            for epoch in range(self.done.epoch, epochs):
                 if self._out_of_patience():
                     break
-                last = self._run_epoch(train, plans[epoch], total=total, log=log, bar=bar)
+                last = self._run_epoch(train, plans[epoch], sizes=sizes, log=log, bar=bar)
                 if self.done.diverged is not None:
                     break
                 self._finish_epoch(last, held_out, log)
@@ -209,18 +194,33 @@ class Fitter:
             step_tokens=self.options.step_tokens,
             batch_tokens=self.options.batch_tokens,
             seed=derive_seed(self.options.seed, epoch),
+            group=group_packed if self.options.packing else group_by_length,
         )
 
     def _out_of_patience(self) -> bool:
-        """Tell whether the likelihood has not improved for long enough."""
-        return self.done.epoch - self.done.best_epoch >= self.options.patience > 0
+        """Tell whether the loss has not improved for long enough."""
+        begin = max(self.done.best_epoch, self.options.head_first)
+        return self.done.epoch - begin >= self.options.patience > 0
+
+    @property
+    def _head_only(self) -> bool:
+        """Whether the present epoch trains the classification layer alone."""
+        return self.done.epoch < self.options.head_first
+
+    def _rate(self, sizes: Sequence[int]) -> float:
+        """Return the learning rate of the next step; each stage warms up and decays by itself."""
+        first = sum(sizes[: self.options.head_first])
+        step, total = self.done.step, first
+        if step >= first:
+            step, total = step - first, sum(sizes) - first
+        return learning_rate_at(step, total, self.options.learning_rate)
 
     def _run_epoch(
         self,
         train: Sequence[Example],
         plan: Sequence[list[list[int]]],
         *,
-        total: int,
+        sizes: Sequence[int],
         log: Log,
         bar: Bar,
     ) -> dict[str, float]:
@@ -232,25 +232,33 @@ class Fitter:
         for batches in plan:
             if metrics:
                 log.log(self.done.step, metrics)
-            rate = learning_rate_at(self.done.step, total, self.options.learning_rate)
+            rate = self._rate(sizes)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             examples = [[train[i] for i in indices] for indices in batches]
             loss, norm = self._step(examples)
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                self.done.diverged = f"loss {loss}, gradient norm {norm} at step {self.done.step}"
+                rows = [example for batch in examples for example in batch]
+                self.done.diverged = (
+                    f"loss {loss}, gradient norm {norm} at step {self.done.step}; "
+                    f"{broken_rows(rows, self.predict(rows))}"
+                )
                 break
             self.done.step += 1
             losses.append(loss)
-            metrics = {"train/nll": loss, "train/lr": rate, "train/grad_norm": norm}
-            bar.advance(1, epoch=self.done.epoch + 1, nll=loss)
-        return {**metrics, "train/epoch_nll": float(np.mean(losses or [math.nan]))}
+            metrics = {"train/loss": loss, "train/lr": rate, "train/grad_norm": norm}
+            bar.advance(1, epoch=self.done.epoch + 1, loss=loss)
+        return {**metrics, "train/epoch_loss": float(np.mean(losses or [math.nan]))}
 
     def _step(self, batches: Sequence[Sequence[Example]]) -> tuple[float, float]:
         """Take one optimizer step over batches of examples; returns its loss and gradient norm."""
+        gather = collate_packed if self.options.packing else collate
         loss = self.accumulate(
-            [collate(b, self.head.targets, pad_id=self.options.pad_id) for b in batches]
+            [gather(b, self.head.targets, pad_id=self.options.pad_id) for b in batches]
         )
+        if self._head_only:
+            for parameter in self._body:  # without a gradient it takes no part in the step
+                parameter.grad = None
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
         if math.isfinite(loss) and math.isfinite(float(norm)):
             self.optimizer.step()
@@ -289,22 +297,30 @@ class Fitter:
         """Sum the loss of one batch."""
         with autocast(self.accelerator.device, self.options.bfloat16):
             logits_PC = logits_at(self.model, batch)
-        return self.head.loss(logits_PC, batch.targets_P, batch.weights_P)
+        return self.head.loss(logits_PC, batch)
 
     def _finish_epoch(self, last: dict[str, float], held_out: Sequence[Example], log: Log) -> None:
-        """Measure the held-out likelihood, keep the weights if best, and save the state."""
-        nll = self.predict(held_out).nll()
-        if not math.isfinite(nll):
-            self.done.diverged = f"held-out likelihood {nll} after epoch {self.done.epoch + 1}"
+        """Measure the held-out loss, keep the weights if best, and save the state."""
+        predictions = self.predict(held_out)
+        loss = predictions.loss
+        if not math.isfinite(loss):
+            self.done.diverged = (
+                f"held-out loss {loss} after epoch {self.done.epoch + 1}; "
+                f"{broken_rows(held_out, predictions)}"
+            )
             return
         self.done.epoch += 1
         self.done.history.append(
-            {"epoch": self.done.epoch, "train_nll": last["train/epoch_nll"], "held_out_nll": nll}
+            {
+                "epoch": self.done.epoch,
+                "train_loss": last["train/epoch_loss"],
+                "held_out_loss": loss,
+            }
         )
-        better = nll < self.done.best_nll
+        better = loss < self.done.best_loss
         if better:
-            self.done.best_epoch, self.done.best_nll = self.done.epoch, nll
-        log.log(self.done.step, {**last, "held_out/nll": nll, "epoch": float(self.done.epoch)})
+            self.done.best_epoch, self.done.best_loss = self.done.epoch, loss
+        log.log(self.done.step, {**last, "held_out/loss": loss, "epoch": float(self.done.epoch)})
         self._save(better=better)
 
     def predict(self, examples: Sequence[Example]) -> Predictions:
@@ -321,14 +337,16 @@ class Fitter:
 
     def _save(self, *, better: bool) -> None:
         """Write the state; the best weights first, so that a state never points at missing ones."""
-        if self.accelerator.is_main_process:
-            weights = self._weights()
+        main = self.accelerator.is_main_process
+        if main or self._sharded:
+            weights, optimizer = self._weights(), gather_optimizer(self.optimizer)
+        if main:
             if better:
                 _write(self._best, weights)
             state = {
                 "progressed": asdict(self.done),
                 "weights": weights,
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": optimizer,
             }
             _write(self._latest, state)
         self.accelerator.wait_for_everyone()
@@ -338,19 +356,19 @@ class Fitter:
         state = torch.load(self._latest, map_location="cpu", weights_only=True)
         self.done = Progressed(**state["progressed"])
         self._load_weights(state["weights"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
 
     def _weights(self) -> dict[str, torch.Tensor]:
         """Return the trained parameters on the CPU."""
         named = self.raw_model.named_parameters()
-        return {name: p.detach().cpu() for name, p in named if p.requires_grad}
+        return {name: gather(p) for name, p in named if p.requires_grad}
 
     def _load_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """Put trained parameters back."""
         named = dict(self.raw_model.named_parameters())
         with torch.no_grad():
             for name, value in weights.items():
-                named[name].copy_(value)
+                named[name].copy_(cut_like(value, named[name]))
 
 
 class _Silent:
@@ -362,14 +380,7 @@ class _Silent:
 
 def _weightless(batch: Batch) -> Batch:
     """Copy a batch with every position masked."""
-    return Batch(
-        input_ids_BT=batch.input_ids_BT,
-        attention_mask_BT=batch.attention_mask_BT,
-        rows_P=batch.rows_P,
-        columns_P=batch.columns_P,
-        targets_P=batch.targets_P,
-        weights_P=torch.zeros_like(batch.weights_P),
-    )
+    return replace(batch, weights_P=torch.zeros_like(batch.weights_P))
 
 
 def _write(path: Path, state: object) -> None:

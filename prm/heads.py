@@ -6,19 +6,32 @@ token classifier with at most two classes, so that a checkpoint is an ordinary
 through a sigmoid, two through a softmax, and both equal the sigmoid of the head's *margin*, the
 log-odds on which calibration works too.
 
+The heads:
+
+- ``value``: log-odds of eventual success, by the binomial likelihood of the rollout counts.
+- ``binary``: a fresh two-class layer, cross-entropy against the labels.
+- ``token``: the same loss, but the layer begins as two rows of the base's own language-model head:
+  those of a word for *wrong* and one for *right*, ``-`` and ``+`` as in Math-Shepherd
+  (arXiv:2312.08935). The initial scores are the base's own probabilities of these words, so a base
+  that was taught or prompted to judge keeps that. Only two rows are kept, because a softmax over
+  them is the same as the base's probabilities renormalised over the two words; that keeps the
+  checkpoint a plain token classifier, which loads and serves like every other.
+- ``ranking``: steps of one trajectory compared with each other (PQM, arXiv:2410.11287). Its scores
+  are no log-odds before calibration.
+
 Dimension letters beside the project's own: P scored positions, C classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from prm.data import Example, Targets
-from prm.losses import binomial_nll, soft_cross_entropy
+from prm.data import Batch, Example, Targets
+from prm.losses import binomial_nll, ranking_loss, soft_cross_entropy
 from trajectory.errors import InputError
 
 Kind = Literal["value", "correctness"]
@@ -39,10 +52,14 @@ class Head:
     (arXiv:2501.07301, section 4)."""
     targets: Callable[[Example], Targets]
     """Targets of every prefix 0..S with weights; weight 0 masks a prefix."""
-    loss: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-    """(logits_PC, targets_P, weights_P) to the summed loss; its denominator is ``sum(weights)``."""
+    loss: Callable[[torch.Tensor, Batch], torch.Tensor]
+    """Logits of shape (P, C) and their batch to the summed loss; its denominator is the sum of the
+    batch's weights."""
     margin: Callable[[torch.Tensor], torch.Tensor]
     """Logits of shape (..., C) to log-odds of shape (...)."""
+    words: bool = False
+    """Whether the classes are words of the base, whose rows of its language-model head the
+    classification layer begins with; else it begins at the base rate."""
 
 
 def value_targets(example: Example) -> Targets:
@@ -59,18 +76,25 @@ def label_targets(example: Example) -> Targets:
     return Targets(values=values, weights=weights)
 
 
-def _value_loss(
-    logits_PC: torch.Tensor, targets_P: torch.Tensor, weights_P: torch.Tensor
-) -> torch.Tensor:
+def _value_loss(logits_PC: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Binomial likelihood: targets are c/n, weights n."""
-    return binomial_nll(logits_PC[:, 0], correct_P=targets_P * weights_P, rollouts_P=weights_P)
+    correct_P = batch.targets_P * batch.weights_P
+    return binomial_nll(logits_PC[:, 0], correct_P=correct_P, rollouts_P=batch.weights_P)
 
 
-def _binary_loss(
-    logits_PC: torch.Tensor, targets_P: torch.Tensor, weights_P: torch.Tensor
-) -> torch.Tensor:
+def _pair_loss(logits_PC: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Cross-entropy against soft targets."""
-    return soft_cross_entropy(logits_PC, targets_P=targets_P, weights_P=weights_P)
+    return soft_cross_entropy(logits_PC, targets_P=batch.targets_P, weights_P=batch.weights_P)
+
+
+def _ranking_loss(logits_PC: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Compare the steps of each trajectory."""
+    return ranking_loss(
+        logits_PC[:, 0],
+        targets_P=batch.targets_P,
+        weights_P=batch.weights_P,
+        rows_P=batch.rows_P,
+    )
 
 
 def _single_margin(logits: torch.Tensor) -> torch.Tensor:
@@ -99,20 +123,50 @@ HEADS: dict[str, Head] = {
         classes=("wrong", "right"),
         aggregation="min",
         targets=label_targets,
-        loss=_binary_loss,
+        loss=_pair_loss,
         margin=_pair_margin,
+    ),
+    "token": Head(
+        name="token",
+        kind="correctness",
+        classes=("-", "+"),
+        aggregation="min",
+        targets=label_targets,
+        loss=_pair_loss,
+        margin=_pair_margin,
+        words=True,
+    ),
+    "ranking": Head(
+        name="ranking",
+        kind="correctness",
+        classes=("rank",),
+        aggregation="min",
+        targets=label_targets,
+        loss=_ranking_loss,
+        margin=_single_margin,
     ),
 }
 
 
 def get_head(name: str) -> Head:
-    """Look a head up by name.
+    """Look a head up by name; ``token:WRONG,RIGHT`` is the token head with other words.
 
     Raises
     ------
     InputError
         If there is no such head; the message lists the valid names.
+
+    Examples
+    --------
+    >>> get_head("token").classes, get_head("token:no,yes").classes
+    (('-', '+'), ('no', 'yes'))
     """
+    kind, colon, words = name.partition(":")
+    if kind == "token" and colon:
+        classes = tuple(words.split(","))
+        if len(set(classes)) != 2 or len(classes) != 2 or not all(classes):
+            raise InputError(f"head {name!r}: give two different words, as in token:WRONG,RIGHT")
+        return replace(HEADS["token"], name=name, classes=classes)
     if name not in HEADS:
         raise InputError(f"unknown head {name!r}; heads: {', '.join(sorted(HEADS))}")
     return HEADS[name]

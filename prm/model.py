@@ -1,7 +1,8 @@
 """The network: a token classifier made from any base model, and its forward at scored positions.
 
 A new reward model is the base's own ``*ForTokenClassification`` class with a fresh linear head
-whose bias starts at the base rate, so training begins from the best constant prediction. With
+whose bias starts at the base rate, so training begins from the best constant prediction; the token
+head begins with rows of the base's language-model head instead (`prm.words`). With
 LoRA, adapters sit on every linear layer of the body and the head is trained in full; merging
 gives back an ordinary model of the same class.
 
@@ -14,6 +15,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 
 from prm.data import Batch
 from prm.heads import Head
+from prm.words import start_from_words, word_ids
 from trajectory.errors import InputError
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -83,7 +86,8 @@ def new_model(base: str | Path, head: Head, *, base_rate: float, seed: int) -> P
     head : Head
         Decides the number of classes.
     base_rate : float
-        Mean training target; the initial prediction everywhere.
+        Mean training target; the initial prediction everywhere, unless the head begins with words
+        of the base.
     seed : int
         Of the head's initial weights.
 
@@ -95,7 +99,8 @@ def new_model(base: str | Path, head: Head, *, base_rate: float, seed: int) -> P
     Raises
     ------
     InputError
-        If the base does not load, or its architecture has no token classifier.
+        If the base does not load, its architecture has no token classifier, or it does not know
+        the head's words as tokens.
     """
     config = open_config(base)
     config.id2label = dict(enumerate(head.classes))
@@ -116,9 +121,14 @@ def new_model(base: str | Path, head: Head, *, base_rate: float, seed: int) -> P
         raise InputError(f"{base} lacks weights its configuration asks for, such as {strange[0]}")
     layer = model.get_submodule(name)
     assert isinstance(layer, nn.Linear)
-    _start_at_base_rate(layer, base_rate, seed)
     _check_vocabulary(model, base)
     assert isinstance(model, PreTrainedModel)
+    if head.words:
+        ids = word_ids(open_tokenizer(base), head.classes)
+        with quiet_transformers():
+            start_from_words(model, layer, base=base, ids=ids)
+    else:
+        _start_at_base_rate(layer, base_rate, seed)
     return model
 
 
@@ -226,25 +236,27 @@ def logits_at(model: nn.Module, batch: Batch) -> torch.Tensor:
     Tensor, shape (P, C)
         In float32.
     """
-    padded = not bool(batch.attention_mask_BT.all())
-    output = model(
-        input_ids=batch.input_ids_BT,
-        attention_mask=batch.attention_mask_BT if padded else None,
-    )
-    logits_PC: torch.Tensor = output.logits[batch.rows_P, batch.columns_P]
+    if batch.position_ids_BT is not None:
+        output = model(
+            input_ids=batch.input_ids_BT,
+            position_ids=batch.position_ids_BT,
+            use_cache=False,  # with a cache, transformers does not look for packed rows
+        )
+    else:
+        padded = not bool(batch.attention_mask_BT.all())
+        output = model(
+            input_ids=batch.input_ids_BT,
+            attention_mask=batch.attention_mask_BT if padded else None,
+        )
+    lines_P = batch.rows_P if batch.lines_P is None else batch.lines_P
+    logits_PC: torch.Tensor = output.logits[lines_P, batch.columns_P]
     return logits_PC.float()
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Move a batch."""
-    return Batch(
-        input_ids_BT=batch.input_ids_BT.to(device),
-        attention_mask_BT=batch.attention_mask_BT.to(device),
-        rows_P=batch.rows_P.to(device),
-        columns_P=batch.columns_P.to(device),
-        targets_P=batch.targets_P.to(device),
-        weights_P=batch.weights_P.to(device),
-    )
+    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return replace(batch, **{n: t.to(device) for n, t in tensors.items() if t is not None})
 
 
 def open_config(base: str | Path) -> PretrainedConfig:

@@ -17,17 +17,23 @@ from prm.model import autocast, logits_at, to_device
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Predictions:
-    """What a model says of examples, in the examples' own order."""
+    """What a model says of examples, in the examples' own order.
+
+    `nll` is the same for all heads and equals `loss` for those that are trained by likelihood.
+    """
 
     margins_P: Array
     """Raw log-odds."""
     targets_P: Array
     weights_P: Array
+    loss: float
+    """The head's own loss per unit of weight, nats: what training minimises."""
 
     def nll(self) -> float:
-        """Negative log-likelihood per unit of weight, nats."""
+        """Negative log-likelihood per unit of weight, nats; NaN where a margin is."""
         z, y, w = self.margins_P, self.targets_P, self.weights_P
-        return float((w * (np.logaddexp(0, z) - y * z)).sum() / w.sum())
+        with np.errstate(invalid="ignore"):
+            return float((w * (np.logaddexp(0, z) - y * z)).sum() / w.sum())
 
 
 def predict(
@@ -64,19 +70,22 @@ def predict(
     device = next(model.parameters()).device
     lengths = [len(e.input_ids) for e in examples]
     parts: dict[int, tuple[Array, Array, Array]] = {}
+    total = 0.0
     model.eval()
     with torch.inference_mode():
         for indices in group_by_length(range(len(examples)), lengths, batch_tokens=batch_tokens):
             batch = collate([examples[i] for i in indices], head.targets, pad_id=pad_id)
             with autocast(device, bfloat16):
-                margins_P = head.margin(logits_at(model, to_device(batch, device)))
-            arrays = [
-                t.cpu().double().numpy() for t in (margins_P, batch.targets_P, batch.weights_P)
-            ]
+                logits_PC = logits_at(model, to_device(batch, device))
+            logits_PC = logits_PC.cpu().double()
+            total += float(head.loss(logits_PC, batch))
+            margins_P = head.margin(logits_PC)
+            arrays = [t.double().numpy() for t in (margins_P, batch.targets_P, batch.weights_P)]
             rows = batch.rows_P.numpy()
             for row, index in enumerate(indices):
                 z, y, w = (a[rows == row] for a in arrays)
                 parts[index] = (z, y, w)
     columns = zip(*(parts[i] for i in range(len(examples))), strict=True)
     z_P, y_P, w_P = (np.concatenate(column) for column in columns)
-    return Predictions(margins_P=z_P, targets_P=y_P, weights_P=w_P)
+    loss = total / float(w_P.sum())
+    return Predictions(margins_P=z_P, targets_P=y_P, weights_P=w_P, loss=loss)

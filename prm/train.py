@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +20,7 @@ from rich.console import Console
 from scipy.special import logit
 from sklearn.model_selection import GroupShuffleSplit
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from prm import calibrate
 from prm.checkpoint import (
@@ -33,7 +33,7 @@ from prm.checkpoint import (
     vocabulary_of,
 )
 from prm.data import Example, OnLong, Position, keep_short, make_examples
-from prm.fit import FitOptions, Fitter, default_learning_rate, default_step_tokens
+from prm.fit import FitOptions, Fitter
 from prm.heads import Head, get_head
 from prm.model import (
     Device,
@@ -46,7 +46,10 @@ from prm.model import (
     open_tokenizer,
     pick_device,
 )
+from prm.packing import check_packing
 from prm.predict import predict
+from prm.recipe import RecipeConfig
+from prm.schedule import default_learning_rate, default_step_tokens
 from trajectory.errors import InputError
 from trajectory.records import LabelledTrajectory
 from trajectory.run import config_dict, open_run
@@ -68,7 +71,8 @@ class TrainConfig:
     out: Path
     """Folder of the checkpoint; an interrupted run continues in it."""
     head: str = "value"
-    """What to predict: value (from rollout counts) or binary (from labels)."""
+    """What to predict: value (from rollout counts), binary, token, token:WRONG,RIGHT (begins with
+    the base's own rows of two words) or ranking (all from labels)."""
     position: Position = "observation"
     """Score a step after its observation, or right after its action."""
     lora_rank: int = 0
@@ -96,6 +100,7 @@ class TrainConfig:
     those that LoRA leaves alone have the format of the passes."""
     track: Literal["wandb", "jsonl", "none"] = "none"
     """Where curves go."""
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
 
     def __post_init__(self) -> None:
         get_head(self.head)
@@ -175,10 +180,16 @@ def _train(
     tokenizer = open_tokenizer(config.model)
     split = prepare(config, rows, tokenizer, head)
     base_rate = _base_rate(split.train, head)
-    model: nn.Module = new_model(config.model, head, base_rate=base_rate, seed=config.seed)
-    if config.lora_rank:
-        assert isinstance(model, PreTrainedModel)
-        model = add_lora(model, rank=config.lora_rank, seed=config.seed)
+
+    def fresh() -> nn.Module:
+        model = new_model(config.model, head, base_rate=base_rate, seed=config.seed)
+        if not config.lora_rank:
+            return model
+        return add_lora(model, rank=config.lora_rank, seed=config.seed)
+
+    model = fresh()
+    if config.recipe.packing:
+        check_packing(model, vocabulary=len(tokenizer))
     options = _fit_options(config, model, split, tokenizer.pad_token_id)
     if options.bfloat16 and accelerator.distributed_type is not DistributedType.FSDP:
         _halve_frozen(model)  # FSDP shards weights of one number format only
@@ -196,9 +207,10 @@ def _train(
         done = fitter.fit(split.train, split.held_out, tracker)
     finally:
         tracker.close()
+    whole = fitter.whole_model(fresh)
     if accelerator.is_main_process and done.best_epoch:
         provenance = _provenance(config, rows, parents)
-        _save(config, fitter, split, provenance=provenance, base_rate=base_rate)
+        _save(config, fitter, whole, split, provenance=provenance, base_rate=base_rate)
     accelerator.wait_for_everyone()
     if done.diverged is not None:
         kept = (
@@ -284,6 +296,8 @@ def _fit_options(config: TrainConfig, model: nn.Module, split: Split, pad_id: in
         seed=config.seed,
         bfloat16=config.precision == "bfloat16" or (config.precision == "auto" and on_gpu),
         pad_id=pad_id,
+        head_first=config.recipe.head_first,
+        packing=config.recipe.packing,
     )
 
 
@@ -292,14 +306,18 @@ def _announce(split: Split, fitter: Fitter, *, base_rate: float, options: FitOpt
     if not fitter.accelerator.is_main_process:
         return
     tasks = split.tasks()
-    Console(stderr=True, highlight=False).print(
+    _say(
         f"{len(split.train)} trajectories of {len(tasks.train)} tasks to train on, "
         f"{len(split.held_out)} of {len(tasks.validation)} held out "
         f"({split.dropped_long} dropped as too long, {split.dropped_unlabelled} without labels); "
         f"base rate {base_rate:.3f}; {num_trainable(fitter.raw_model):,} trainable parameters; "
-        f"{options.step_tokens} tokens a step; peak learning rate {options.learning_rate:.2g}",
-        soft_wrap=True,
+        f"{options.step_tokens} tokens a step; peak learning rate {options.learning_rate:.2g}"
     )
+
+
+def _say(text: str) -> None:
+    """Tell the user one line."""
+    Console(stderr=True, highlight=False).print(text, soft_wrap=True)
 
 
 def _provenance(
@@ -317,18 +335,26 @@ def _provenance(
 def _save(
     config: TrainConfig,
     fitter: Fitter,
+    whole: nn.Module,
     split: Split,
     *,
     provenance: Provenance,
     base_rate: float,
 ) -> None:
     """Merge, calibrate on the held-out part, write the folder and remove the resumable state."""
-    model = merge_lora(fitter.raw_model.float())
+    model = merge_lora(whole.float())
     head, done, options = fitter.head, fitter.done, fitter.options
     held_out = predict(  # in float32, as scoring does
         model, split.held_out, head, batch_tokens=options.batch_tokens, pad_id=options.pad_id
     )
-    calibration = calibrate.fit(held_out.margins_P, held_out.targets_P, held_out.weights_P)
+    calibration = calibrate.fit(
+        held_out.margins_P,
+        held_out.targets_P,
+        held_out.weights_P,
+        method=config.recipe.calibration,
+        groups=[e.task_id for e in split.held_out for _ in e.positions],
+    )
+    _say(calibrate.describe(calibration))
     tokenizer = open_tokenizer(config.model)
     tasks = split.tasks()
     constant = np.full_like(held_out.margins_P, logit(np.clip(base_rate, 1e-4, 1 - 1e-4)))
@@ -355,6 +381,7 @@ def _save(
             "learning_rate": options.learning_rate,
             "step_tokens": options.step_tokens,
             "base_rate": base_rate,
+            "held_out_loss": held_out.loss,
             "held_out_nll": held_out.nll(),
             "base_rate_nll": replace(held_out, margins_P=constant).nll(),
         },

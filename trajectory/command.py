@@ -3,9 +3,9 @@
 ``NAME COMMAND --flag value`` fills the command's dataclass (flags, defaults and help texts come
 from its fields); ``--config FILE.yaml`` fills the same dataclass, and flags override the file.
 Exit codes: 0 done, 1 the machine is at fault (disk full, no permission, out of memory, missing
-optional package), 2 bad input, 130 interrupted, 143 terminated. These end in one sentence on
-standard error; anything unexpected keeps its traceback. SIGTERM ends a command the way Ctrl-C does:
-work is saved and the engine's processes end too.
+optional package), 2 bad input, 3 a gate is not met, 130 interrupted, 143 terminated. These end in
+one sentence on standard error; anything unexpected keeps its traceback. SIGTERM ends a command the
+way Ctrl-C does: work is saved and the engine's processes end too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from trajectory.errors import InputError
+from trajectory.errors import GateError, InputError
 
 _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -75,6 +75,8 @@ def main(name: str, commands: Mapping[str, Command]) -> None:
             _run(name, commands, sys.argv[1:])
     except InputError as error:
         _fail(name, str(error), 2)
+    except GateError as error:
+        _fail(name, str(error), 3)
     except KeyboardInterrupt:
         how, code = ("terminated", 143) if terminations else ("interrupted", 130)
         _fail(name, f"{how}; run the same command again to resume", code)

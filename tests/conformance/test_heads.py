@@ -1,16 +1,32 @@
 """What every row of the head table must keep."""
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForTokenClassification
 
-from prm.data import Example, collate
+from prm.calibrate import Calibration, apply
+from prm.checkpoint import Metadata, Provenance, TaskSplit, save_checkpoint, vocabulary_of
+from prm.data import Batch, Example, collate
 from prm.heads import HEADS, get_head
+from prm.model import new_model, open_tokenizer
 from prm.score import AGGREGATIONS
+from prm.score import Scorer as PrmScorer
+from tests.prm.synthetic import make_base, make_trajectory
 from trajectory.errors import InputError
 
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base") / "model")
+
+
 NAMES = sorted(HEADS)
+LIKELIHOODS = sorted(set(NAMES) - {"ranking"})
+"""Heads whose margin is trained to be a log-odds; those of the ranking head only order."""
 
 EXAMPLES = [
     Example(
@@ -44,14 +60,19 @@ class Scorer(torch.nn.Module):
         return self.table[ids_BT] * (1 + 0.1 * places_T)[None, :, None]
 
 
+def exact(batch: Batch) -> Batch:
+    """The batch in double precision."""
+    return replace(batch, targets_P=batch.targets_P.double(), weights_P=batch.weights_P.double())
+
+
 def loss_and_gradient(name: str, split: list[list[int]]) -> tuple[float, torch.Tensor]:
     head, model = HEADS[name], Scorer(len(HEADS[name].classes))
-    batches = [collate([EXAMPLES[i] for i in b], head.targets, pad_id=0) for b in split]
+    batches = [exact(collate([EXAMPLES[i] for i in b], head.targets, pad_id=0)) for b in split]
     denominator = sum(b.weights_P.sum() for b in batches)
     total = 0.0
     for batch in batches:
         logits_PC = model(batch.input_ids_BT)[batch.rows_P, batch.columns_P]
-        part = head.loss(logits_PC, batch.targets_P.double(), batch.weights_P.double())
+        part = head.loss(logits_PC, batch)
         (part / denominator).backward()
         total += float(part.detach() / denominator)
     assert model.table.grad is not None
@@ -79,14 +100,95 @@ def test_the_margin_is_the_log_odds_a_server_would_give(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_loss_and_gradient_do_not_depend_on_padding(name):
+    head, found = HEADS[name], []
+    for padding in (0, 7):
+        model = Scorer(len(head.classes))
+        batch = exact(collate(EXAMPLES, head.targets, pad_id=0))
+        ids_BT = torch.nn.functional.pad(batch.input_ids_BT, (0, padding))
+        loss = head.loss(model(ids_BT)[batch.rows_P, batch.columns_P], batch)
+        loss.backward()
+        found.append((float(loss.detach()), model.table.grad))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-6)
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_without_weights_has_no_loss_and_no_gradient(name):
+    head, model = HEADS[name], Scorer(len(HEADS[name].classes))
+    batch = exact(collate(EXAMPLES, head.targets, pad_id=0))
+    batch = replace(batch, weights_P=torch.zeros_like(batch.weights_P))
+    loss = head.loss(model(batch.input_ids_BT)[batch.rows_P, batch.columns_P], batch)
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert not model.table.grad.any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_down_the_gradient_separates_right_from_wrong(name):
+    head, model = HEADS[name], Scorer(len(HEADS[name].classes))
+    marked = Example(
+        input_ids=(1, 2),
+        positions=(0, 1),
+        rollouts=(8, 8),
+        correct=(8, 0),
+        values=(1.0, 0.0),
+        task_id="t",
+        trajectory_id="t/0",
+    )
+    batch = exact(collate([marked], head.targets, pad_id=0))
+
+    def gap() -> torch.Tensor:
+        right, wrong = head.margin(model(batch.input_ids_BT)[batch.rows_P, batch.columns_P])
+        return right - wrong
+
+    before = gap().item()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    head.loss(model(batch.input_ids_BT)[batch.rows_P, batch.columns_P], batch).backward()
+    optimizer.step()
+    assert gap().item() > before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_gives_the_same_scores_and_loads_without_this_package(name, base, tmp_path):
+    head, tokenizer = get_head(name), open_tokenizer(base)
+    model = new_model(base, head, base_rate=0.4, seed=0).eval()
+    calibration = Calibration(scale=0.5, shift=0.1, fitted=True)
+    metadata = Metadata(
+        head=name,
+        kind=head.kind,
+        position="observation",
+        aggregation=head.aggregation,
+        calibration=calibration,
+        base_model="base",
+        vocabulary=vocabulary_of(tokenizer),
+        provenance=Provenance(labels="", parents={}, estimators=(), completers=()),
+        training={},
+    )
+    tasks = TaskSplit(train=(), validation=())
+    save_checkpoint(tmp_path, model=model, tokenizer=tokenizer, metadata=metadata, tasks=tasks)
+    scorer = PrmScorer.load(tmp_path, device="cpu")
+    rows = [make_trajectory(marks, task=f"t{i}") for i, marks in enumerate(("+-", "+++", ""))]
+    plain = AutoModelForTokenClassification.from_pretrained(tmp_path)
+    for rendered, scores in zip(scorer.render(rows), scorer.score(rows), strict=True):
+        ids_BT = torch.tensor([rendered.input_ids])
+        for network in (model, plain):
+            with torch.no_grad():
+                logits_PC = network(input_ids=ids_BT).logits[0, list(rendered.positions)]
+            values = apply(calibration, head.margin(logits_PC).double().numpy())
+            assert scores.values == pytest.approx(values, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
 def test_the_loss_is_least_where_the_prediction_is_the_target(name):
     head = HEADS[name]
     target, weight = torch.tensor([0.3]), torch.tensor([4.0])
+    batch = collate(EXAMPLES[:1], head.targets, pad_id=0)
 
     def loss_at(p: float) -> float:
         z = math.log(p / (1 - p))
         logits = torch.tensor([[0.0] * (len(head.classes) - 1) + [z]])
-        return head.loss(logits, target, weight).item()
+        return head.loss(logits, replace(batch, targets_P=target, weights_P=weight)).item()
 
     losses = {p: loss_at(p) for p in (0.05, 0.2, 0.3, 0.4, 0.9)}
     assert min(losses, key=lambda p: losses[p]) == 0.3
@@ -102,7 +204,8 @@ def test_unknown_prefixes_are_masked_and_soft_targets_stay_soft(name):
 
 def test_only_the_value_head_weighs_by_rollouts():
     assert HEADS["value"].targets(EXAMPLES[1]).weights == (64, 2, 1)
-    assert HEADS["binary"].targets(EXAMPLES[1]).weights == (1, 1, 1)
+    for name in set(NAMES) - {"value"}:
+        assert HEADS[name].targets(EXAMPLES[1]).weights == (1, 1, 1)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -115,5 +218,5 @@ def test_the_row_describes_itself(name):
 
 
 def test_an_unknown_head_is_refused_with_the_valid_names():
-    with pytest.raises(InputError, match="'worth'; heads: binary, value"):
+    with pytest.raises(InputError, match="'worth'; heads: binary, ranking, token, value"):
         get_head("worth")

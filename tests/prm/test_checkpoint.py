@@ -132,11 +132,11 @@ def test_a_folder_that_is_no_prm_is_refused(base):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": "2.0"}, "schema version 2.0, this version reads 1.0"),
+        ({"schema_version": "2.0"}, "schema version 2.0, this version reads 1.1"),
         ({"schema_version": None}, "schema version None"),
         ({"rendering": 99}, "rendering 99, this version renders 1"),
-        ({"head": "token"}, "head 'token' of kind 'value' is unknown; heads: binary, value"),
-        ({"kind": "correctness"}, "head 'value' of kind 'correctness' is unknown"),
+        ({"head": "worth"}, "prm.json: unknown head 'worth'; heads: binary, ranking, token, value"),
+        ({"kind": "correctness"}, "head 'value' is of kind 'value', not 'correctness'"),
         ({"position": "middle"}, "position: Input should be 'observation' or 'action'"),
         ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
     ],

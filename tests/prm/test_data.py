@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -214,3 +215,28 @@ def test_collate_pads_right_and_gathers_positions():
 
 def test_pad_of_equal_rows_has_a_full_mask():
     assert pad([[1, 2], [3, 4]], pad_id=0)[1].all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"correct": (9, 0)}, r"row a/0, prefix 0: 9 right answers of 8 rollouts"),
+        ({"correct": (1, -1)}, r"row a/0, prefix 1: -1 right answers of 4"),
+        ({"values": (0.5, 1.5)}, r"row a/0, prefix 1: label 1.5 is not in \[0, 1\]"),
+        ({"values": (math.nan, None)}, r"row a/0, prefix 0: label nan is not in"),
+        ({"values": (0.5,)}, r"row a/0: 2 scored prefixes, but 2 rollout counts, .* and 1 labels"),
+    ],
+)
+def test_impossible_counts_and_labels_are_refused_with_the_row(changes, message):
+    good = {
+        "input_ids": (1, 2, 3),
+        "positions": (0, 2),
+        "rollouts": (8, 4),
+        "correct": (3, 4),
+        "values": (0.4, None),
+        "task_id": "a",
+        "trajectory_id": "a/0",
+    }
+    Example(**good)
+    with pytest.raises(InputError, match=message):
+        Example(**(good | changes))

@@ -7,15 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prm.data import collate, make_examples
-from prm.fit import (
-    FitOptions,
-    Fitter,
-    default_learning_rate,
-    learning_rate_at,
-)
+from prm.fit import FitOptions, Fitter
 from prm.heads import HEADS
 from prm.model import new_model, open_tokenizer
 from prm.predict import predict
+from prm.schedule import default_learning_rate, learning_rate_at
+from prm.stages import is_head
 from tests.prm.synthetic import make_rows
 
 
@@ -94,12 +91,12 @@ def test_training_lowers_both_likelihoods_and_keeps_the_best_weights(base, examp
     after = fitter.predict(examples[16:]).nll()
     assert done.epoch == 6
     assert after < before
-    assert after == pytest.approx(min(h["held_out_nll"] for h in done.history), abs=1e-6)
-    assert after == pytest.approx(done.best_nll, abs=1e-6)
-    assert done.history[-1]["train_nll"] < done.history[0]["train_nll"]
+    assert after == pytest.approx(min(h["held_out_loss"] for h in done.history), abs=1e-6)
+    assert after == pytest.approx(done.best_loss, abs=1e-6)
+    assert done.history[-1]["train_loss"] < done.history[0]["train_loss"]
     steps = [step for step, _ in curves.entries]
     assert steps == list(range(1, done.step + 1))
-    assert [round(m["epoch"]) for _, m in curves.entries if "held_out/nll" in m] == [*range(1, 7)]
+    assert [round(m["epoch"]) for _, m in curves.entries if "held_out/loss" in m] == [*range(1, 7)]
 
 
 def test_it_stops_when_the_held_out_likelihood_stops_improving(
@@ -108,12 +105,13 @@ def test_it_stops_when_the_held_out_likelihood_stops_improving(
     losses = iter([0.5, 0.4, 0.45, 0.41, 0.3])
 
     class Fixed:
-        def nll(self):
+        @property
+        def loss(self):
             return next(losses)
 
     monkeypatch.setattr("prm.fit.predict", lambda *a, **k: Fixed())
     done = fitter_of(base, tmp_path, epochs=5, patience=2).fit(examples, examples, Curves())
-    assert (done.epoch, done.best_epoch, done.best_nll) == (4, 2, 0.4)
+    assert (done.epoch, done.best_epoch, done.best_loss) == (4, 2, 0.4)
 
 
 def test_broken_numbers_stop_training_with_the_best_weights(base, examples, tmp_path, monkeypatch):
@@ -128,7 +126,71 @@ def test_broken_numbers_stop_training_with_the_best_weights(base, examples, tmp_
     assert (done.epoch, done.best_epoch) == (1, 1)
     assert all(torch.isfinite(p).all() for p in fitter.raw_model.parameters())
     after = fitter.predict(examples).nll()
-    assert after == pytest.approx(done.best_nll, abs=1e-6)
+    assert after == pytest.approx(done.best_loss, abs=1e-6)
+
+
+def test_the_first_stage_trains_the_head_alone_and_the_second_all(base, examples, tmp_path):
+    fitter = fitter_of(base, tmp_path, epochs=1, head_first=2, patience=0)
+    before = {n: p.detach().clone() for n, p in fitter.raw_model.named_parameters()}
+    moved, saved, rates = [], fitter._save, Curves()
+
+    def spy(*, better):
+        moved.append({n for n, p in fitter.raw_model.named_parameters() if (p != before[n]).any()})
+        saved(better=better)
+
+    fitter._save = spy
+    done = fitter.fit(examples[:16], examples[16:], rates)
+    assert done.epoch == 3
+    assert moved[0] == moved[1] == {"score.weight", "score.bias"}
+    assert {is_head(name) for name in moved[2]} == {True, False}
+    lr = [m["train/lr"] for _, m in rates.entries]
+    main = len(lr) // 3
+    assert lr == [  # each stage warms up and decays by itself
+        *(learning_rate_at(step, 2 * main, 3e-3) for step in range(2 * main)),
+        *(learning_rate_at(step, main, 3e-3) for step in range(main)),
+    ]
+
+
+def test_patience_counts_from_the_end_of_the_first_stage(base, examples, tmp_path, monkeypatch):
+    losses = iter([0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+
+    class Fixed:
+        @property
+        def loss(self):
+            return next(losses)
+
+    monkeypatch.setattr("prm.fit.predict", lambda *a, **k: Fixed())
+    fitter = fitter_of(base, tmp_path, epochs=3, head_first=3, patience=2)
+    done = fitter.fit(examples, examples, Curves())
+    assert (done.epoch, done.best_epoch) == (5, 1)
+
+
+def spoil_token(fitter, examples, row):
+    """Break the embedding of a token that only one row has."""
+    embedding = fitter.raw_model.get_input_embeddings().weight
+    others = {i for e in examples if e is not row for i in e.input_ids}
+    alone = next(i for i in row.input_ids if i not in others)
+    with torch.no_grad():
+        embedding[alone] = math.nan
+
+
+def test_a_row_that_breaks_the_loss_is_named(base, tmp_path):
+    rows = [*make_rows(6), *make_rows(1, per_task=1, prefix="ZÄ")]
+    examples = make_examples(rows, open_tokenizer(base))
+    fitter = fitter_of(base, tmp_path, step_tokens=10_000)
+    spoil_token(fitter, examples, examples[-1])
+    done = fitter.fit(examples, examples[:4], Curves())
+    assert done.diverged.endswith("at step 0; rows without finite scores: ZÄ0/0")
+    assert (done.epoch, done.step) == (0, 0)
+
+
+def test_a_row_that_breaks_the_held_out_likelihood_is_named(base, tmp_path):
+    rows = [*make_rows(6), *make_rows(1, per_task=1, prefix="ZÄ")]
+    examples = make_examples(rows, open_tokenizer(base))
+    fitter = fitter_of(base, tmp_path)
+    spoil_token(fitter, examples, examples[-1])
+    done = fitter.fit(examples[:8], examples[8:], Curves())
+    assert "held-out loss nan after epoch 1; rows without finite scores: ZÄ0/0" in (done.diverged)
 
 
 def test_the_rate_warms_up_and_falls_to_zero():

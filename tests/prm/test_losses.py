@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prm.losses import binomial_nll, soft_cross_entropy
+from prm.losses import binomial_nll, ranking_loss, soft_cross_entropy
 
 
 def test_binomial_nll_of_hand_computed_counts():
@@ -86,3 +86,60 @@ def test_two_class_loss_on_counts_equals_the_binomial_loss(rows, cut):
         for part in (slice(0, cut), slice(cut, None))
     ]
     assert sum(p.item() for p in parts) == pytest.approx(binomial.item(), abs=1e-9)
+
+
+def rank(logits, targets, *, weights=None, rows=None, margin=4.0):
+    return ranking_loss(
+        torch.as_tensor(logits, dtype=torch.double),
+        targets_P=torch.tensor(targets, dtype=torch.double),
+        weights_P=torch.ones(len(targets)) if weights is None else torch.tensor(weights),
+        rows_P=torch.zeros(len(targets), dtype=torch.long) if rows is None else torch.tensor(rows),
+        margin=margin,
+    ).item()
+
+
+def test_ranking_loss_by_hand():
+    # Right 1, wrong -2, right 3; zeta 1. The wrong one weighs e^(-2+1) in every denominator.
+    w = math.exp(-1)
+    zero = -math.log(1 / (1 + w))
+    first = -math.log(math.e / (1 + math.e + w))
+    third = -math.log(math.exp(3) / (1 + math.e + math.exp(3) + w))
+    found = rank([1.0, -2.0, 3.0], [1.0, 0.2, 0.5], margin=1.0)
+    assert found == pytest.approx(zero + first + third, abs=1e-12)
+
+
+def test_ranking_loss_of_only_wrong_or_no_labels():
+    assert rank([1.0, 2.0], [0.0, 0.0], margin=0.0) == pytest.approx(
+        math.log(1 + math.e + math.exp(2))
+    )
+    assert rank([1.0, 2.0], [0.0, 1.0], weights=[0.0, 0.0]) == 0
+
+
+def test_ranking_loss_compares_the_steps_of_one_trajectory_only():
+    a, b = ([1.0, -2.0, 3.0], [1.0, 0.0, 1.0]), ([0.5, 0.1], [0.0, 1.0])
+    together = rank(a[0] + b[0], a[1] + b[1], rows=[0, 0, 0, 4, 4])
+    assert together == pytest.approx(rank(*a) + rank(*b), abs=1e-12)
+
+
+@given(
+    logits=st.lists(st.floats(-30, 30), min_size=2, max_size=6),
+    marks=st.lists(st.booleans(), min_size=6, max_size=6),
+    which=st.integers(0, 5),
+)
+def test_ranking_loss_is_finite_falls_with_no_wrong_score_and_not_below_zero(logits, marks, which):
+    targets = [float(m) for m in marks[: len(logits)]]
+    z = torch.tensor(logits, dtype=torch.double, requires_grad=True)
+    loss = ranking_loss(
+        z,
+        targets_P=torch.tensor(targets),
+        weights_P=torch.ones(len(targets)),
+        rows_P=torch.zeros(len(targets), dtype=torch.long),
+    )
+    loss.backward()
+    assert loss.item() >= 0
+    assert torch.isfinite(z.grad).all()
+    wrong = torch.tensor(targets) == 0
+    assert (z.grad[wrong] >= 0).all()  # raising a wrong score never helps
+    last_right = max((i for i, t in enumerate(targets) if t), default=None)
+    if last_right is not None:
+        assert z.grad[last_right] <= 1e-12  # raising the last right score never harms

@@ -29,7 +29,7 @@ def batch_of(base, head):
     return collate(examples, head.targets, pad_id=tokenizer.pad_token_id)
 
 
-@pytest.mark.parametrize("name", sorted(HEADS))
+@pytest.mark.parametrize("name", sorted(n for n, head in HEADS.items() if not head.words))
 @pytest.mark.parametrize("rate", [0.2, 0.9])
 def test_training_begins_at_the_base_rate(base, name, rate):
     head = HEADS[name]

@@ -1,13 +1,21 @@
 import json
+import math
 from dataclasses import replace
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy.special import logit
 
+from prm import fit
+from prm.calibrate import apply
 from prm.checkpoint import is_checkpoint, load_metadata, load_tasks
 from prm.heads import HEADS
 from prm.model import open_tokenizer
+from prm.recipe import RecipeConfig
 from prm.score import Scorer
 from prm.train import STATE, TrainConfig, prepare, train
 from tests.prm.synthetic import (
@@ -145,8 +153,8 @@ def test_curves_are_tracked(base, labels, tmp_path):
     config = small_config(base, labels, tmp_path / "prm", track="jsonl")
     train(config)
     entries = read_metrics(config.out)
-    assert all("train/nll" in e.metrics for e in entries)
-    assert sum("held_out/nll" in e.metrics for e in entries) == 2
+    assert all("train/loss" in e.metrics for e in entries)
+    assert sum("held_out/loss" in e.metrics for e in entries) == 2
 
 
 def test_dropped_rows_are_counted(base, tmp_path):
@@ -181,6 +189,74 @@ def test_labels_that_are_all_unknown_are_refused(base, tmp_path, head):
     labels = write_label_folder(tmp_path / "labels", rows)
     with pytest.raises(InputError, match="none of the 8 trajectories has a usable label"):
         train(small_config(base, labels, tmp_path / "prm", head=head))
+
+
+@pytest.mark.parametrize(
+    ("column", "entry", "value", "message"),
+    [
+        ("values", 1, 1.5, "t2/1: prefix 1: value 1.5 not in"),
+        ("values", 0, math.nan, r"values\[0\]: expected a finite number"),
+        ("correct", 0, 9, "t2/1: prefix 0: correct 9 .* exceed rollouts 8"),
+        ("rollouts", 2, -1, "t2/1: prefix 2: .*negative"),
+    ],
+)
+def test_impossible_labels_in_a_folder_are_refused_with_their_row(
+    base, tmp_path, column, entry, value, message
+):
+    labels = write_label_folder(tmp_path / "labels", make_rows(4))
+    path = labels / "labels.parquet"
+    table = pq.read_table(path)
+    (name,) = [n for n in table.column_names if n.split(".")[-1].endswith(column)]
+    cells = table[name].to_pylist()
+    cells[5][entry] = value
+    index = table.column_names.index(name)
+    changed = pa.array(cells, type=table.schema.field(name).type)
+    pq.write_table(table.set_column(index, table.schema.field(name), changed), path)
+    with pytest.raises(InputError, match=rf"labels.parquet, row 6: .*{message}"):
+        train(small_config(base, labels, tmp_path / "prm"))
+    assert not (tmp_path / "prm/prm.json").exists()
+
+
+def test_a_head_first_run_that_was_interrupted_continues_to_the_same_bytes(
+    base, labels, tmp_path, monkeypatch
+):
+    recipe = RecipeConfig(head_first=2, calibration="isotonic")
+    whole = small_config(base, labels, tmp_path / "whole", epochs=1, patience=0, recipe=recipe)
+    train(whole)
+    parts = replace(whole, out=tmp_path / "parts")
+    measured, calls = fit.predict, []
+
+    def interrupt(*args, **options):
+        calls.append(1)
+        if len(calls) == 2:  # inside the first stage
+            raise KeyboardInterrupt
+        return measured(*args, **options)
+
+    monkeypatch.setattr(fit, "predict", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(parts)
+    monkeypatch.setattr(fit, "predict", measured)
+    train(parts)
+    for name in ("model.safetensors", "prm.json"):
+        assert (parts.out / name).read_bytes() == (whole.out / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("method", ["isotonic", "none"])
+def test_the_calibration_of_choice_is_stored_and_applied(base, labels, tmp_path, method, capsys):
+    recipe = RecipeConfig(calibration=method)
+    config = small_config(base, labels, tmp_path / "prm", recipe=recipe)
+    train(config)
+    stored = load_metadata(config.out).calibration
+    assert (stored.method, stored.fitted) == (method, method == "isotonic")
+    assert stored.ece_cross_fitted is not None
+    scorer, row = Scorer.load(config.out, device="cpu"), make_trajectory("+-")
+    raw = scorer.score([row], calibrated=False)[0].values
+    values = scorer.score([row])[0].values
+    assert values == pytest.approx(apply(stored, logit(np.asarray(raw))), abs=1e-6)
+    assert (values == raw) == (method == "none")
+    said = capsys.readouterr().err
+    wanted = "after on tasks left out of the fit" if method == "isotonic" else "not calibrated"
+    assert wanted in said
 
 
 def test_one_task_is_refused(base, tmp_path):
