@@ -77,14 +77,32 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(math.log(v) for v in values) / len(values))
 
 
+def product(values: Sequence[float]) -> float:
+    """Return ``prod v_i``, the probability that all steps are right if they were independent.
+
+    Notes
+    -----
+    Biased: every further score below 1 lowers it, so it prefers trajectories with fewer steps,
+    also where the missing ones were needed. It is offered to compare with work that uses it and
+    is no head's default; `geometric_mean` is the same without that preference.
+
+    Examples
+    --------
+    >>> product([0.5, 0.5]), product([0.5, 0.5, 0.9])
+    (0.25, 0.225)
+    """
+    return math.prod(values)
+
+
 AGGREGATIONS: dict[str, Callable[[Sequence[float]], float]] = {
     "last": last,
     "min": minimum,
     "mean": mean,
     "geomean": geometric_mean,
+    "product": product,
 }
-"""Name to function of at least one score. A product over steps is left out on purpose: it prefers
-trajectories with fewer steps."""
+"""Name to function of at least one score. Which one is a checkpoint's default follows from its
+kind and stands in its ``prm.json``."""
 
 
 class Scorer:
@@ -124,6 +142,21 @@ class Scorer:
             If the folder is no reward model, or one this version cannot read.
         """
         return cls(load_checkpoint(path), pick_device(device))
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The loaded reward model, its network on `device`."""
+        return self._checkpoint
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._device
+
+    @property
+    def max_length(self) -> int | None:
+        """Most tokens of a trajectory; None if the model has no limit."""
+        return self._max_length
 
     @property
     def metadata(self) -> Metadata:
@@ -183,23 +216,22 @@ class Scorer:
             If a trajectory does not fit the model: nothing is ever cut.
         """
         rendered = self.render(trajectories)
-        self._check_lengths(trajectories, rendered)
-        calibration = self.metadata.calibration if calibrated else calibrate.Calibration()
+        self.check_lengths(trajectories, rendered)
         return [
-            StepScores(
-                trajectory_id=trajectory.trajectory_id,
-                checkpoint=self.score_id(calibrated=calibrated),
-                values=tuple(calibrate.apply(calibration, margins_P).tolist()),
-                kind=self.kind,
-                position=self.position,
-            )
-            for trajectory, margins_P in zip(trajectories, self._margins(rendered), strict=True)
+            self.scores_of(trajectory, margins_P, calibrated=calibrated)
+            for trajectory, margins_P in zip(trajectories, self.margins(rendered), strict=True)
         ]
 
-    def _check_lengths(
+    def check_lengths(
         self, trajectories: Sequence[Trajectory], rendered: Sequence[Rendered]
     ) -> None:
-        """Refuse a trajectory that does not fit the model."""
+        """Refuse a trajectory that does not fit the model.
+
+        Raises
+        ------
+        InputError
+            Naming the trajectory, its tokens and the limit.
+        """
         for trajectory, row in zip(trajectories, rendered, strict=True):
             if self._max_length is not None and len(row.input_ids) > self._max_length:
                 raise InputError(
@@ -207,9 +239,32 @@ class Scorer:
                     f"PRM takes {self._max_length}: leave it out or train a PRM on a longer base"
                 )
 
+    def scores_of(
+        self, trajectory: Trajectory, margins_P: Array, *, calibrated: bool = True
+    ) -> StepScores:
+        """Turn the raw log-odds of a trajectory's prefixes, shape (S + 1,), into its scores."""
+        return make_scores(
+            self.metadata,
+            self.score_id(calibrated=calibrated),
+            trajectory,
+            margins_P,
+            calibrated=calibrated,
+        )
+
     @torch.inference_mode()
-    def _margins(self, rendered: Sequence[Rendered]) -> list[Array]:
-        """Compute the raw log-odds of every prefix, batched by length, in the given order."""
+    def margins(self, rendered: Sequence[Rendered]) -> list[Array]:
+        """Compute the raw log-odds of every prefix.
+
+        Parameters
+        ----------
+        rendered : sequence of Rendered
+            As `render` gives them, none longer than `max_length`; batched by length inside.
+
+        Returns
+        -------
+        list of array, shape (S + 1,)
+            In the same order.
+        """
         lengths = [len(row.input_ids) for row in rendered]
         results: dict[int, Array] = {}
         for indices in group_by_length(
@@ -239,6 +294,25 @@ class Scorer:
             weights_P=nothing_P,
         )
         return to_device(batch, self._device)
+
+
+def make_scores(
+    metadata: Metadata,
+    score_id: str,
+    trajectory: Trajectory,
+    margins_P: Array,
+    *,
+    calibrated: bool,
+) -> StepScores:
+    """Turn raw log-odds of a trajectory's prefixes, wherever they were computed, into scores."""
+    calibration = metadata.calibration if calibrated else calibrate.Calibration()
+    return StepScores(
+        trajectory_id=trajectory.trajectory_id,
+        checkpoint=score_id,
+        values=tuple(calibrate.apply(calibration, margins_P).tolist()),
+        kind=metadata.kind,
+        position=metadata.position,
+    )
 
 
 def aggregate(values: Sequence[float], aggregation: str) -> float:
