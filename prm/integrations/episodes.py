@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 from typing import Protocol
 
 from prm.score import aggregate
@@ -11,12 +10,10 @@ from trajectory.errors import InputError
 from trajectory.formats import from_messages
 from trajectory.records import (
     JsonValue,
-    Observation,
     Step,
     StepScores,
     StopReason,
     Task,
-    ToolCall,
     Trajectory,
 )
 
@@ -52,16 +49,6 @@ def episode_reward(scores: StepScores, aggregation: str | None) -> float:
     return aggregate(scores.values[1:] or scores.values, aggregation or default)
 
 
-def make_trajectory(number: int, prompt: str, steps: Sequence[Step]) -> Trajectory:
-    """Wrap an episode that nobody has judged."""
-    return Trajectory(
-        trajectory_id=f"episode {number}",
-        task=Task(task_id=f"episode {number}", domain="", prompt=prompt, answer=""),
-        steps=tuple(steps),
-        stop=StopReason.MAX_STEPS,
-    )
-
-
 def from_conversation(
     number: int, prompt: str | Sequence[Message], completion: str | Sequence[Message]
 ) -> Trajectory:
@@ -84,7 +71,12 @@ def from_conversation(
     A call at the very end that has no result (the episode was cut off there) is kept as text.
     """
     if isinstance(prompt, str) and isinstance(completion, str):
-        return make_trajectory(number, prompt, [Step(text=completion)] if completion else [])
+        return Trajectory(
+            trajectory_id=f"episode {number}",
+            task=Task(task_id=f"episode {number}", domain="", prompt=prompt, answer=""),
+            steps=(Step(text=completion),) if completion else (),
+            stop=StopReason.MAX_STEPS,  # nobody has judged it
+        )
     if isinstance(prompt, str) or isinstance(completion, str):
         raise InputError(f"episode {number}: prompt and completion must both be text or messages")
     users = [str(m.get("content") or "") for m in prompt if m.get("role") == "user"]
@@ -107,48 +99,3 @@ def _close(messages: list[Message]) -> list[Message]:
     missing = len(calls) - (len(messages) - 1 - last) if isinstance(calls, list) else 0
     empty: Message = {"role": "tool", "content": ""}
     return [*messages, *(empty for _ in range(missing))]
-
-
-def from_tokens(
-    number: int,
-    prompt: str,
-    response_ids: Sequence[int],
-    response_mask: Sequence[int],
-    decode: Callable[[Sequence[int]], str],
-) -> Trajectory:
-    """Read an episode given as token ids, of which a mask says who wrote them.
-
-    Parameters
-    ----------
-    number : int
-        For error messages.
-    prompt : str
-        The task.
-    response_ids : sequence of int
-        Everything after the prompt, without padding.
-    response_mask : sequence of int
-        1 where the model wrote the token, 0 where the environment did.
-    decode : callable
-        Ids to text, special tokens left out.
-
-    Returns
-    -------
-    Trajectory
-        A step begins where the model begins to write. No marker in the text is looked for, so
-        no tool's output can forge a step.
-    """
-    steps: list[Step] = []
-    start = 0
-    for own, group in groupby(response_mask):
-        size = sum(1 for _ in group)
-        text = decode(response_ids[start : start + size])
-        start += size
-        if own:
-            steps.append(Step(text=text))
-        elif steps:
-            steps[-1] = Step(
-                text=steps[-1].text,
-                calls=(ToolCall(name="tool", arguments="{}"),),
-                observations=(Observation(content=text),),
-            )
-    return make_trajectory(number, prompt, steps)
