@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from prm.card import PublishConfig
 from prm.checkpoint import is_checkpoint, load_metadata, load_tasks
 from prm.heads import HEADS
 from prm.model import open_tokenizer
@@ -142,7 +143,7 @@ def test_broken_numbers_in_the_first_epoch_leave_no_checkpoint(base, labels, tmp
 
 
 def test_curves_are_tracked(base, labels, tmp_path):
-    config = small_config(base, labels, tmp_path / "prm", track="jsonl")
+    config = small_config(base, labels, tmp_path / "prm", publish=PublishConfig(track="jsonl"))
     train(config)
     entries = read_metrics(config.out)
     assert all("train/nll" in e.metrics for e in entries)
