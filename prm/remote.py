@@ -30,7 +30,8 @@ from trajectory.errors import InputError
 from trajectory.records import JsonValue, StepScores, Trajectory
 from trajectory.run import sha256_of
 
-TOKEN_VARIABLE = "PRM_SERVE_TOKEN"  # noqa: S105 - the name of a variable, no token
+TOKEN_VARIABLE = "TOOLPRM_SERVER_TOKEN"  # noqa: S105 - the name of a variable, no token
+"""Environment variable of the bearer token, for servers and their clients."""
 _RETRIED = (429, 502, 503, 504)
 _LONGEST_PAUSE_S = 60
 
@@ -61,7 +62,7 @@ class RemoteScorer:
     timeout_s : float, default=300
         For one answer.
     token : str, optional
-        Bearer token; by default that of the environment variable ``PRM_SERVE_TOKEN``, if set.
+        Bearer token; by default that of the environment variable ``TOOLPRM_SERVER_TOKEN``, if set.
 
     Raises
     ------

@@ -24,6 +24,7 @@ from rich.console import Console
 from prm.batching import QueueClosed, QueueFull, ScoringQueue
 from prm.gate import Gate, Meters
 from prm.model import Device
+from prm.remote import TOKEN_VARIABLE
 from prm.score import Scorer, aggregate
 from trajectory.codec import from_json, to_json
 from trajectory.errors import InputError
@@ -33,9 +34,6 @@ from trajectory.records import JsonValue, StepScores, Task, Trajectory
 if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
-
-TOKEN_VARIABLE = "PRM_SERVE_TOKEN"  # noqa: S105 - the name of a variable, no token
-"""Environment variable of the bearer token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +48,7 @@ class ServeConfig:
     """Port to listen on; 0 takes a free one and prints it."""
     token_file: Path | None = None
     """File with the bearer token that requests must carry; None reads the environment variable
-    PRM_SERVE_TOKEN, and asks for no token if that is not set."""
+    TOOLPRM_SERVER_TOKEN, and asks for no token if that is not set."""
     batch_tokens: int = 8192
     """Tokens of waiting trajectories that are scored together."""
     max_waiting: int = 512

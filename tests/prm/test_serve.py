@@ -15,9 +15,9 @@ import urllib3
 from prometheus_client.parser import text_string_to_metric_families
 
 from prm.cli import main
-from prm.remote import RemoteScorer
+from prm.remote import TOKEN_VARIABLE, RemoteScorer
 from prm.score import Scorer
-from prm.serve import TOKEN_VARIABLE, ServeConfig, read_token
+from prm.serve import ServeConfig, read_token
 from tests.prm.loopback import serving
 from tests.prm.synthetic import make_trajectory
 from trajectory.codec import to_json
