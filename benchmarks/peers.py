@@ -79,7 +79,7 @@ def compare(config: PeersConfig) -> Report:
     return report
 
 
-def untrained_scorer(model: str, *, batch_tokens: int = 16_384) -> Scorer:
+def untrained_scorer(model: str) -> Scorer:
     """Make a scorer whose head is random: speed does not depend on what was learned."""
     head, tokenizer = HEADS["value"], open_tokenizer(model)
     network = new_model(model, head, base_rate=0.5, seed=0)
@@ -99,7 +99,7 @@ def untrained_scorer(model: str, *, batch_tokens: int = 16_384) -> Scorer:
     checkpoint = Checkpoint(
         model=network, tokenizer=tokenizer, metadata=metadata, head=head, hash="untrained"
     )
-    return Scorer(checkpoint, torch.device("cpu"), batch_tokens=batch_tokens)
+    return Scorer(checkpoint, torch.device("cpu"))
 
 
 def compare_scoring(config: PeersConfig) -> Report:
