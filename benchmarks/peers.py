@@ -52,7 +52,7 @@ class PeersConfig:
     rows_per_step: int = 8
     """Episodes of one optimizer step."""
     episodes: int = 8
-    """Episodes of 6 turns that are scored in each way."""
+    """Episodes of 6 turns that are scored in each way; 0 leaves scoring out."""
     repeats: int = 3
     """Runs of every side, taken in turns; medians count."""
     seed: int = 0
@@ -60,8 +60,10 @@ class PeersConfig:
     """Write the report to this JSON file too."""
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.rows_per_step, self.episodes, self.repeats) < 1:
-            raise InputError("--steps, --rows-per-step, --episodes and --repeats start at 1")
+        if min(self.steps, self.rows_per_step, self.episodes + 1, self.repeats) < 1:
+            raise InputError("--steps, --rows-per-step and --repeats start at 1, --episodes at 0")
+        if self.episodes == 0 and self.trl_python is None:
+            raise InputError("nothing to compare: give --trl-python, or --episodes of at least 1")
         if self.trl_python is not None and not self.trl_python.exists():
             raise InputError(f"--trl-python {self.trl_python} does not exist")
 
@@ -69,7 +71,9 @@ class PeersConfig:
 def compare(config: PeersConfig) -> Report:
     """Measure, print and write the report."""
     facts = {**machine_facts(), "model": config.model}
-    report: Report = {"machine": facts, "scoring": compare_scoring(config)}
+    report: Report = {"machine": facts}
+    if config.episodes:
+        report["scoring"] = compare_scoring(config)
     if config.trl_python is not None:
         report["training"] = compare_training(config)
     _print(report)
@@ -239,6 +243,11 @@ def _training_report(
         "peak_mb": {
             side: statistics.median(run["peak_mb"] for run in found) for side, found in runs.items()
         },
+        "ratio_of_steps": [
+            theirs["cpu_seconds"] / mine["cpu_seconds"]
+            for mine_run, their_run in zip(runs["ours"], runs["trl"], strict=True)
+            for mine, theirs in zip(mine_run["steps"], their_run["steps"], strict=True)
+        ],
         "loss": curves,
         "largest_loss_difference": float(
             np.max(np.abs(np.subtract(curves["ours"], curves["trl"])))
@@ -248,7 +257,15 @@ def _training_report(
 
 def _print(report: Report) -> None:
     """Print the figures."""
-    scoring = report["scoring"]
+    if "scoring" in report:
+        _print_scoring(report["scoring"])
+    if "training" in report:
+        _print_training(report["training"])
+    print("machine:", ", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+
+
+def _print_scoring(scoring: Report) -> None:
+    """Print the scoring comparison."""
     print(f"scoring, {len(scoring['episodes'])} episodes of {scoring['turns']} turns, CPU time")
     for name in ("per_prefix_ratio", "incremental_ratio"):
         ratio = scoring[name]
@@ -258,17 +275,18 @@ def _print(report: Report) -> None:
             f"{scoring[f'{name}_of_totals']:.2f}"
         )
     print(f"  largest difference of a score {scoring['largest_difference']:.1e}")
-    training = report.get("training")
-    if training is not None:
-        print(f"training, {training['rows']} episodes, {training['useful_tokens']} useful tokens")
-        for side in ("ours", "trl"):
-            losses = " ".join(f"{x:.4f}" for x in training["loss"][side])
-            print(
-                f"  {side:<5} {training['useful_tokens_per_cpu_second'][side]:.1f} useful tokens "
-                f"per CPU second, peak {training['peak_mb'][side]:.0f} MB, loss {losses}"
-            )
+
+
+def _print_training(training: Report) -> None:
+    """Print the training comparison."""
+    print(f"training, {training['rows']} episodes, {training['useful_tokens']} useful tokens")
+    for side in ("ours", "trl"):
+        losses = " ".join(f"{x:.4f}" for x in training["loss"][side])
         print(
-            f"  ratio {training['ratio']:.2f}, largest difference of a loss "
-            f"{training['largest_loss_difference']:.1e}"
+            f"  {side:<5} {training['useful_tokens_per_cpu_second'][side]:.1f} useful tokens "
+            f"per CPU second, peak {training['peak_mb'][side]:.0f} MB, loss {losses}"
         )
-    print("machine:", ", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+    print(
+        f"  ratio {training['ratio']:.2f}, largest difference of a loss "
+        f"{training['largest_loss_difference']:.1e}"
+    )

@@ -13,7 +13,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from prm.data import Rendered
@@ -59,12 +60,13 @@ class _Job:
         """Keep a row's result; with the last one the request is answered."""
         self.results[index] = margins_P
         self.left -= 1
-        if self.left == 0 and not self.future.done():
-            self.future.set_result([r for r in self.results if r is not None])
+        if self.left == 0:
+            with suppress(InvalidStateError):  # cancelled or failed meanwhile
+                self.future.set_result([r for r in self.results if r is not None])
 
     def fail(self, error: BaseException) -> None:
         """Answer with an error, once."""
-        if not self.future.done():
+        with suppress(InvalidStateError):
             self.future.set_exception(error)
 
 
@@ -117,6 +119,32 @@ class ScoringQueue:
         """Trajectories that wait for their batch."""
         return len(self._rows)
 
+    def check_room(self, count: int, *, ahead: int = 0) -> None:
+        """Refuse early what `submit` would refuse.
+
+        Parameters
+        ----------
+        count : int
+            Trajectories to come.
+        ahead : int, default=0
+            Others on their way here, which count as waiting.
+
+        Raises
+        ------
+        QueueFull, QueueClosed
+            As `submit`.
+        """
+        with self._changed:
+            self._check_room(count, ahead)
+
+    def _check_room(self, count: int, ahead: int) -> None:
+        """Refuse, with the lock held."""
+        if self._closed:
+            raise QueueClosed("the server is ending")
+        waiting = len(self._rows) + ahead
+        if waiting and waiting + count > self._max_waiting:
+            raise QueueFull(waiting, self._pause_s())
+
     def submit(self, rendered: Sequence[Rendered]) -> Future[list[Array]]:
         """Queue the trajectories of one request.
 
@@ -140,10 +168,7 @@ class ScoringQueue:
         job = _Job(future=future, left=len(rendered), results=[None] * len(rendered))
         rows = [_Row(job=job, index=i, rendered=r) for i, r in enumerate(rendered)]
         with self._changed:
-            if self._closed:
-                raise QueueClosed("the server is ending")
-            if self._rows and len(self._rows) + len(rows) > self._max_waiting:
-                raise QueueFull(len(self._rows), self._pause_s())
+            self._check_room(len(rows), 0)
             self._rows.extend(rows)
             self._waiting_tokens += sum(len(r.input_ids) for r in rendered)
             self._changed.notify()
@@ -160,7 +185,8 @@ class ScoringQueue:
         """Estimate how long the queue takes to get empty, whole seconds, at least one."""
         if math.isnan(self._tokens_per_s):
             return 1
-        return min(_LONGEST_PAUSE_S, math.ceil(self._waiting_tokens / self._tokens_per_s))
+        seconds = math.ceil(self._waiting_tokens / self._tokens_per_s)
+        return min(_LONGEST_PAUSE_S, max(1, seconds))
 
     def _run(self) -> None:
         """Score batch after batch until the queue is closed and empty."""

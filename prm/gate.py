@@ -98,7 +98,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, *, meters: Meters, token: str | None, max_bytes: int) -> None:
         self._app, self._meters, self._max_bytes = app, meters, max_bytes
-        self._credentials = None if token is None else f"Bearer {token}".encode()
+        self._token = None if token is None else token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -126,9 +126,10 @@ class Gate:
     def _refusal(self, scope: Scope) -> JSONResponse | None:
         """Refuse by what the header says."""
         headers = dict(scope["headers"])
-        if self._credentials is not None and scope["path"] not in _OPEN:
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._credentials):
+        if self._token is not None and scope["path"] not in _OPEN:
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            right = hmac.compare_digest(given.strip(), self._token)
+            if not right or scheme.lower() != b"bearer":
                 return JSONResponse(
                     {"detail": "the bearer token is missing or wrong"},
                     401,

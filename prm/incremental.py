@@ -50,7 +50,7 @@ class EpisodeScorer:
     """
 
     def __init__(self, scorer: Scorer) -> None:
-        _check_causal(scorer.checkpoint.model, scorer.device)
+        _check_causal(scorer.checkpoint.model)
         self._scorer = scorer
 
     def begin(self) -> Episode:
@@ -125,18 +125,16 @@ class Episode:
         """Read further ids and return the raw log-odds at the given columns of them."""
         # A forward that fails half-way must not leave a half-grown cache behind.
         cache = _branch_cache(self._cache)
-        logits_TC = _read(self._model, ids, cache, self._scorer.device)
+        logits_TC = _read(self._model, ids, cache)
         self._cache = cache
         margins_P = self._scorer.checkpoint.head.margin(logits_TC[columns].float())
         array: Array = margins_P.cpu().double().numpy()
         return array
 
 
-def _read(
-    model: PreTrainedModel, ids: tuple[int, ...], cache: Cache, device: torch.device
-) -> torch.Tensor:
+def _read(model: PreTrainedModel, ids: tuple[int, ...], cache: Cache) -> torch.Tensor:
     """Run a forward that continues a cache, which grows; returns logits of shape (T, C)."""
-    input_ids_BT = torch.tensor([ids], device=device)
+    input_ids_BT = torch.tensor([ids], device=model.device)
     output = model(input_ids=input_ids_BT, past_key_values=cache, use_cache=True)
     logits_TC: torch.Tensor = output.logits[0]
     return logits_TC
@@ -153,7 +151,7 @@ def _branch_cache(cache: Cache) -> Cache:
 
 
 @torch.inference_mode()
-def _check_causal(model: PreTrainedModel, device: torch.device) -> None:
+def _check_causal(model: PreTrainedModel) -> None:
     """Refuse a model that looks ahead or does not continue from a cache, by trying it."""
     refusal = (
         f"{type(model).__name__} is not a causal model: it reads a whole trajectory at once and "
@@ -163,10 +161,10 @@ def _check_causal(model: PreTrainedModel, device: torch.device) -> None:
         raise InputError(refusal)
     rows = embedding_rows(model)
     ids = tuple((7 * i + 1) % rows for i in range(_PROBE))
-    whole_TC = model(input_ids=torch.tensor([ids], device=device)).logits[0]
+    whole_TC = model(input_ids=torch.tensor([ids], device=model.device)).logits[0]
     cache: Cache = DynamicCache(config=model.config)
     half = _PROBE // 2
-    parts = [_read(model, part, cache, device) for part in (ids[:half], ids[half:])]
+    parts = [_read(model, part, cache) for part in (ids[:half], ids[half:])]
     difference = float((torch.cat(parts) - whole_TC).abs().max())
     if not difference <= _PROBE_TOLERANCE * float(whole_TC.abs().max()):
         raise InputError(refusal)

@@ -1,13 +1,12 @@
 """Scoring: one forward pass gives the score of every prefix of a trajectory.
 
 `Scorer` is the library's front door for reward-model scores; ``prm score`` runs it over a file.
-Aggregations turn a trajectory's prefix scores into one number.
+`aggregate` (from `prm.aggregations`) turns a trajectory's scores into one number.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from prm import calibrate
+from prm.aggregations import AGGREGATIONS, aggregate
 from prm.checkpoint import Checkpoint, Metadata, load_checkpoint
 from prm.data import Batch, Position, Rendered, group_by_length, pad, render
 from prm.heads import Kind
@@ -26,83 +26,9 @@ from trajectory.progress import progress
 from trajectory.records import StepScores, Trajectory
 from trajectory.store import JsonlWriter, read_jsonl, repair_tail
 
+__all__ = ["AGGREGATIONS", "ScoreConfig", "Scorer", "aggregate", "make_scores", "score"]
+
 _CHUNK = 256
-
-
-def last(values: Sequence[float]) -> float:
-    """Return the last score; right for values, whose last one knows most.
-
-    Examples
-    --------
-    >>> last([0.2, 0.9, 0.4])
-    0.4
-    """
-    return values[-1]
-
-
-def minimum(values: Sequence[float]) -> float:
-    """Return the lowest score; right for step correctness, where one wrong step decides.
-
-    Examples
-    --------
-    >>> minimum([0.2, 0.9, 0.4])
-    0.2
-    """
-    return min(values)
-
-
-def mean(values: Sequence[float]) -> float:
-    """Return the arithmetic mean.
-
-    Examples
-    --------
-    >>> mean([0.25, 0.75])
-    0.5
-    """
-    return sum(values) / len(values)
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    """Return ``(prod v_i)^(1/n)``: like a product, but without its preference for fewer steps.
-
-    Examples
-    --------
-    >>> round(geometric_mean([0.25, 1.0]), 12)
-    0.5
-    >>> geometric_mean([0.0, 1.0])
-    0.0
-    """
-    if min(values) <= 0:
-        return 0.0
-    return math.exp(sum(math.log(v) for v in values) / len(values))
-
-
-def product(values: Sequence[float]) -> float:
-    """Return ``prod v_i``, the probability that all steps are right if they were independent.
-
-    Notes
-    -----
-    Biased: every further score below 1 lowers it, so it prefers trajectories with fewer steps,
-    also where the missing ones were needed. It is offered to compare with work that uses it and
-    is no head's default; `geometric_mean` is the same without that preference.
-
-    Examples
-    --------
-    >>> product([0.5, 0.5]), product([0.5, 0.5, 0.9])
-    (0.25, 0.225)
-    """
-    return math.prod(values)
-
-
-AGGREGATIONS: dict[str, Callable[[Sequence[float]], float]] = {
-    "last": last,
-    "min": minimum,
-    "mean": mean,
-    "geomean": geometric_mean,
-    "product": product,
-}
-"""Name to function of at least one score. Which one is a checkpoint's default follows from its
-kind and stands in its ``prm.json``."""
 
 
 class Scorer:
@@ -146,13 +72,8 @@ class Scorer:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """The loaded reward model, its network on `device`."""
+        """The loaded reward model, its network on the device where it runs."""
         return self._checkpoint
-
-    @property
-    def device(self) -> torch.device:
-        """Where it runs."""
-        return self._device
 
     @property
     def max_length(self) -> int | None:
@@ -226,13 +147,7 @@ class Scorer:
     def check_lengths(
         self, trajectories: Sequence[Trajectory], rendered: Sequence[Rendered]
     ) -> None:
-        """Refuse a trajectory that does not fit the model.
-
-        Raises
-        ------
-        InputError
-            Naming the trajectory, its tokens and the limit.
-        """
+        """Refuse, with `InputError`, a trajectory that does not fit the model."""
         for trajectory, row in zip(trajectories, rendered, strict=True):
             if self._max_length is not None and len(row.input_ids) > self._max_length:
                 raise InputError(
@@ -314,25 +229,6 @@ def make_scores(
         kind=metadata.kind,
         position=metadata.position,
     )
-
-
-def aggregate(values: Sequence[float], aggregation: str) -> float:
-    """Turn scores, at least one, into one number by a row of `AGGREGATIONS`.
-
-    Raises
-    ------
-    InputError
-        If there is no such aggregation.
-
-    Examples
-    --------
-    >>> aggregate([0.25, 0.75], "mean")
-    0.5
-    """
-    if aggregation not in AGGREGATIONS:
-        names = ", ".join(AGGREGATIONS)
-        raise InputError(f"unknown aggregation {aggregation!r}; aggregations: {names}")
-    return AGGREGATIONS[aggregation](values)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
 
 from prm.batching import QueueClosed, QueueFull, ScoringQueue
+from prm.data import Rendered
 from prm.gate import Gate, Meters
 from prm.model import Device
 from prm.remote import TOKEN_VARIABLE
@@ -122,12 +123,12 @@ class _Service:
         )
         # One thread: a fast tokenizer is not safe to use from several.
         self._tokenising = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenising")
+        self._rendering = 0
 
     async def score(self, body: ScoreRequest) -> ScoreResponse:
         """Answer one request."""
         trajectories = read_trajectories(body)
-        loop = asyncio.get_running_loop()
-        rendered = await loop.run_in_executor(self._tokenising, self.scorer.render, trajectories)
+        rendered = await self._render(trajectories)
         name = "messages" if body.trajectories is None else "trajectories"
         try:
             self.scorer.check_lengths(trajectories, rendered)
@@ -144,6 +145,17 @@ class _Service:
             aggregates=[aggregate(_scored_steps(s), aggregation) for s in scores],
             aggregation=aggregation,
         )
+
+    async def _render(self, trajectories: Sequence[Trajectory]) -> list[Rendered]:
+        """Tokenise, unless the queue is full anyway."""
+        count = len(trajectories)
+        self.queue.check_room(count, ahead=self._rendering)
+        self._rendering += count
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._tokenising, self.scorer.render, trajectories)
+        finally:
+            self._rendering -= count
 
     def close(self) -> None:
         """Score what waits and end the threads."""
@@ -310,7 +322,7 @@ def serve(config: ServeConfig) -> None:
         )
     )
     _run(server, listening)
-    console.print("every request was answered; ended")
+    console.print("ended")
 
 
 def _run(server: uvicorn.Server, listening: socket.socket) -> None:

@@ -88,6 +88,9 @@ def test_a_full_queue_refuses_the_whole_request_and_says_when_to_come_back(queue
         queue.submit([row(1), row(1)])
     assert refused.value.retry_after_s >= 1
     assert queue.waiting == 2
+    queue.check_room(1)
+    with pytest.raises(QueueFull, match="3 trajectories"):
+        queue.check_room(1, ahead=1)
     held.go.set()
     assert len(first.result(timeout=30)) == 1
     assert len(waiting.result(timeout=30)) == 2

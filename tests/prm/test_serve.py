@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
+import torch
 import urllib3
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -203,7 +204,9 @@ def test_a_token_is_asked_for_everywhere_but_for_health(scorer, monkeypatch):
             answer = post(url, {"trajectories": []}, **headers)
             assert (answer.status, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
             assert NO_RETRY.request("GET", f"{url}/metrics", headers=headers).status == 401
-        assert post(url, {"trajectories": []}, Authorization="Bearer secret").status == 200
+        for scheme in ("Bearer", "bearer"):
+            answer = post(url, {"trajectories": []}, Authorization=f"{scheme} secret")
+            assert answer.status == 200
         assert NO_RETRY.request("GET", f"{url}/health").json()["status"] == "ok"
         with pytest.raises(InputError, match="answered 401: the bearer token is missing or wrong"):
             RemoteScorer(url).score(runs(1))
@@ -215,7 +218,7 @@ class Held(Scorer):
     """A scorer that waits until it is let go."""
 
     def __init__(self, scorer):
-        super().__init__(scorer.checkpoint, scorer.device)
+        super().__init__(scorer.checkpoint, torch.device("cpu"))
         self.go, self.begun = threading.Event(), threading.Event()
 
     def margins(self, rendered):
@@ -342,7 +345,7 @@ def test_sigterm_ends_the_server_after_its_requests(prm_folder, repository):
         assert answer.status == 200
         assert len(answer.json()["scores"]) == 150
         assert process.wait(30) == 0
-        assert process.stderr.read() == "every request was answered; ended\n"
+        assert process.stderr.read() == "ended\n"
     finally:
         process.kill()
         process.wait()
