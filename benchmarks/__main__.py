@@ -58,6 +58,16 @@ COMMANDS = {
         "benchmarks.code_gold:check",
         "right and wrong solutions before the hidden tests of code tasks",
     ),
+    "peers": Command(
+        "benchmarks.peers:PeersConfig",
+        "benchmarks.peers:compare",
+        "training and scoring beside TRL's, and scoring of growing episodes",
+    ),
+    "serving": Command(
+        "benchmarks.serving:ServingConfig",
+        "benchmarks.serving:compare",
+        "prm serve under many clients, beside scoring in process",
+    ),
 }
 
 if __name__ == "__main__":

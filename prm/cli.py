@@ -1,4 +1,4 @@
-"""The ``prm`` command: label, train, score, evaluate, view."""
+"""The ``prm`` command: label, train, score, evaluate, serve, view."""
 
 from __future__ import annotations
 
@@ -40,6 +40,11 @@ COMMANDS = {
         config_class="prm.evaluate:EvaluateConfig",
         function="prm.evaluate:evaluate",
         help="Measure a process reward model on held-out tasks.",
+    ),
+    "serve": Command(
+        config_class="prm.serve:ServeConfig",
+        function="prm.serve:serve",
+        help="Serve a process reward model over HTTP.",
     ),
     "view": Command(
         config_class="labeling.view:ViewConfig",

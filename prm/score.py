@@ -1,13 +1,12 @@
 """Scoring: one forward pass gives the score of every prefix of a trajectory.
 
 `Scorer` is the library's front door for reward-model scores; ``prm score`` runs it over a file.
-Aggregations turn a trajectory's prefix scores into one number.
+`aggregate` (from `prm.aggregations`) turns a trajectory's scores into one number.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from prm import calibrate
+from prm.aggregations import AGGREGATIONS, aggregate
 from prm.checkpoint import Checkpoint, Metadata, load_checkpoint
 from prm.data import Batch, Position, Rendered, group_by_length, pad, render
 from prm.heads import Kind
@@ -26,65 +26,9 @@ from trajectory.progress import progress
 from trajectory.records import StepScores, Trajectory
 from trajectory.store import JsonlWriter, read_jsonl, repair_tail
 
+__all__ = ["AGGREGATIONS", "ScoreConfig", "Scorer", "aggregate", "make_scores", "score"]
+
 _CHUNK = 256
-
-
-def last(values: Sequence[float]) -> float:
-    """Return the last score; right for values, whose last one knows most.
-
-    Examples
-    --------
-    >>> last([0.2, 0.9, 0.4])
-    0.4
-    """
-    return values[-1]
-
-
-def minimum(values: Sequence[float]) -> float:
-    """Return the lowest score; right for step correctness, where one wrong step decides.
-
-    Examples
-    --------
-    >>> minimum([0.2, 0.9, 0.4])
-    0.2
-    """
-    return min(values)
-
-
-def mean(values: Sequence[float]) -> float:
-    """Return the arithmetic mean.
-
-    Examples
-    --------
-    >>> mean([0.25, 0.75])
-    0.5
-    """
-    return sum(values) / len(values)
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    """Return ``(prod v_i)^(1/n)``: like a product, but without its preference for fewer steps.
-
-    Examples
-    --------
-    >>> round(geometric_mean([0.25, 1.0]), 12)
-    0.5
-    >>> geometric_mean([0.0, 1.0])
-    0.0
-    """
-    if min(values) <= 0:
-        return 0.0
-    return math.exp(sum(math.log(v) for v in values) / len(values))
-
-
-AGGREGATIONS: dict[str, Callable[[Sequence[float]], float]] = {
-    "last": last,
-    "min": minimum,
-    "mean": mean,
-    "geomean": geometric_mean,
-}
-"""Name to function of at least one score. A product over steps is left out on purpose: it prefers
-trajectories with fewer steps."""
 
 
 class Scorer:
@@ -96,8 +40,9 @@ class Scorer:
         A loaded reward model.
     device : torch.device
         Where it runs.
-    batch_tokens : int, default=16384
-        Padded tokens of one forward pass.
+    batch_tokens : int, optional
+        Padded tokens of one forward pass; by default 16384, and 2048 on a CPU, where larger
+        batches gain nothing and pad more.
 
     Examples
     --------
@@ -106,11 +51,11 @@ class Scorer:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, *, batch_tokens: int = 16_384
+        self, checkpoint: Checkpoint, device: torch.device, *, batch_tokens: int | None = None
     ) -> None:
         self._checkpoint = checkpoint
         self._device = device
-        self._batch_tokens = batch_tokens
+        self._batch_tokens = batch_tokens or (2048 if device.type == "cpu" else 16_384)
         self._model = checkpoint.model.to(device)  # type: ignore[arg-type]
         self._max_length = context_length(checkpoint.model.config)
 
@@ -124,6 +69,16 @@ class Scorer:
             If the folder is no reward model, or one this version cannot read.
         """
         return cls(load_checkpoint(path), pick_device(device))
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The loaded reward model, its network on the device where it runs."""
+        return self._checkpoint
+
+    @property
+    def max_length(self) -> int | None:
+        """Most tokens of a trajectory; None if the model has no limit."""
+        return self._max_length
 
     @property
     def metadata(self) -> Metadata:
@@ -183,23 +138,16 @@ class Scorer:
             If a trajectory does not fit the model: nothing is ever cut.
         """
         rendered = self.render(trajectories)
-        self._check_lengths(trajectories, rendered)
-        calibration = self.metadata.calibration if calibrated else calibrate.Calibration()
+        self.check_lengths(trajectories, rendered)
         return [
-            StepScores(
-                trajectory_id=trajectory.trajectory_id,
-                checkpoint=self.score_id(calibrated=calibrated),
-                values=tuple(calibrate.apply(calibration, margins_P).tolist()),
-                kind=self.kind,
-                position=self.position,
-            )
-            for trajectory, margins_P in zip(trajectories, self._margins(rendered), strict=True)
+            self.scores_of(trajectory, margins_P, calibrated=calibrated)
+            for trajectory, margins_P in zip(trajectories, self.margins(rendered), strict=True)
         ]
 
-    def _check_lengths(
+    def check_lengths(
         self, trajectories: Sequence[Trajectory], rendered: Sequence[Rendered]
     ) -> None:
-        """Refuse a trajectory that does not fit the model."""
+        """Refuse, with `InputError`, a trajectory that does not fit the model."""
         for trajectory, row in zip(trajectories, rendered, strict=True):
             if self._max_length is not None and len(row.input_ids) > self._max_length:
                 raise InputError(
@@ -207,9 +155,32 @@ class Scorer:
                     f"PRM takes {self._max_length}: leave it out or train a PRM on a longer base"
                 )
 
+    def scores_of(
+        self, trajectory: Trajectory, margins_P: Array, *, calibrated: bool = True
+    ) -> StepScores:
+        """Turn the raw log-odds of a trajectory's prefixes, shape (S + 1,), into its scores."""
+        return make_scores(
+            self.metadata,
+            self.score_id(calibrated=calibrated),
+            trajectory,
+            margins_P,
+            calibrated=calibrated,
+        )
+
     @torch.inference_mode()
-    def _margins(self, rendered: Sequence[Rendered]) -> list[Array]:
-        """Compute the raw log-odds of every prefix, batched by length, in the given order."""
+    def margins(self, rendered: Sequence[Rendered]) -> list[Array]:
+        """Compute the raw log-odds of every prefix.
+
+        Parameters
+        ----------
+        rendered : sequence of Rendered
+            As `render` gives them, none longer than `max_length`; batched by length inside.
+
+        Returns
+        -------
+        list of array, shape (S + 1,)
+            In the same order.
+        """
         lengths = [len(row.input_ids) for row in rendered]
         results: dict[int, Array] = {}
         for indices in group_by_length(
@@ -241,23 +212,23 @@ class Scorer:
         return to_device(batch, self._device)
 
 
-def aggregate(values: Sequence[float], aggregation: str) -> float:
-    """Turn scores, at least one, into one number by a row of `AGGREGATIONS`.
-
-    Raises
-    ------
-    InputError
-        If there is no such aggregation.
-
-    Examples
-    --------
-    >>> aggregate([0.25, 0.75], "mean")
-    0.5
-    """
-    if aggregation not in AGGREGATIONS:
-        names = ", ".join(AGGREGATIONS)
-        raise InputError(f"unknown aggregation {aggregation!r}; aggregations: {names}")
-    return AGGREGATIONS[aggregation](values)
+def make_scores(
+    metadata: Metadata,
+    score_id: str,
+    trajectory: Trajectory,
+    margins_P: Array,
+    *,
+    calibrated: bool,
+) -> StepScores:
+    """Turn raw log-odds of a trajectory's prefixes, wherever they were computed, into scores."""
+    calibration = metadata.calibration if calibrated else calibrate.Calibration()
+    return StepScores(
+        trajectory_id=trajectory.trajectory_id,
+        checkpoint=score_id,
+        values=tuple(calibrate.apply(calibration, margins_P).tolist()),
+        kind=metadata.kind,
+        position=metadata.position,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

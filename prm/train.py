@@ -23,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from prm import calibrate
+from prm.card import PublishConfig, push
 from prm.checkpoint import (
     Metadata,
     Provenance,
@@ -98,9 +99,8 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of forward passes; auto is float32 on CPU and bfloat16 on GPU. Trained weights are float32,
     those that LoRA leaves alone have the format of the passes."""
-    track: Literal["wandb", "jsonl", "none"] = "none"
-    """Where curves go."""
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    publish: PublishConfig = field(default_factory=PublishConfig)
 
     def __post_init__(self) -> None:
         get_head(self.head)
@@ -149,6 +149,7 @@ def train(config: TrainConfig) -> Path:
         If labels or base are unusable, the folder belongs to another run, or the numbers broke
         down (the best checkpoint so far is then kept).
     """
+    config.publish.check_token()
     labels_path = Path(config.labels) / "labels.parquet"
     rows = read_labels(labels_path)
     accelerator = Accelerator(cpu=pick_device(config.device).type == "cpu")
@@ -157,7 +158,8 @@ def train(config: TrainConfig) -> Path:
         _train(config, rows, accelerator, {})
         return config.out
     parents = [labels_path, Path(config.model)]
-    with open_run(config.out, kind="train", config=config_dict(config), parents=parents) as run:
+    recorded = config_dict(_unpublished(config))
+    with open_run(config.out, kind="train", config=recorded, parents=parents) as run:
         accelerator.wait_for_everyone()
         if not is_checkpoint(config.out) or (config.out / STATE).exists():
             _train(config, rows, accelerator, {p.path: p.sha256 for p in run.manifest.parents})
@@ -166,7 +168,15 @@ def train(config: TrainConfig) -> Path:
         run.finish(
             {k: n for k, n in training.items() if isinstance(n, int) and k.startswith(counted)}
         )
+    if config.publish.push_to_hub is not None:
+        address = push(config.out, config.publish.push_to_hub)
+        Console(stderr=True, highlight=False).print(f"pushed to {address}", soft_wrap=True)
     return config.out
+
+
+def _unpublished(config: TrainConfig) -> TrainConfig:
+    """Return the settings that decide what is trained; a finished model can be pushed later."""
+    return replace(config, publish=replace(config.publish, push_to_hub=None))
 
 
 def _train(
@@ -198,10 +208,10 @@ def _train(
     )
     _announce(split, fitter, base_rate=base_rate, options=options)
     tracker = make_tracker(
-        config.track if accelerator.is_main_process else "none",
+        config.publish.track if accelerator.is_main_process else "none",
         out=config.out,
         name=config.out.name,
-        config=config_dict(config),
+        config=config_dict(_unpublished(config)),
     )
     try:
         done = fitter.fit(split.train, split.held_out, tracker)

@@ -43,7 +43,14 @@ _QUIET = {
     # the default of some milliseconds makes training up to 20 times slower than one thread.
     "GOMP_SPINCOUNT": "2000",
 }
-_EXTRAS = {"vllm": "vllm", "wandb": "wandb", "fastapi": "serve", "uvicorn": "serve"}
+_EXTRAS = {
+    "vllm": "vllm",
+    "wandb": "wandb",
+    "fastapi": "serve",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
+}
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from scipy.special import logit
 
 from prm import fit
 from prm.calibrate import apply
+from prm.card import PublishConfig
 from prm.checkpoint import is_checkpoint, load_metadata, load_tasks
 from prm.heads import HEADS
 from prm.model import open_tokenizer
@@ -150,7 +151,7 @@ def test_broken_numbers_in_the_first_epoch_leave_no_checkpoint(base, labels, tmp
 
 
 def test_curves_are_tracked(base, labels, tmp_path):
-    config = small_config(base, labels, tmp_path / "prm", track="jsonl")
+    config = small_config(base, labels, tmp_path / "prm", publish=PublishConfig(track="jsonl"))
     train(config)
     entries = read_metrics(config.out)
     assert all("train/loss" in e.metrics for e in entries)

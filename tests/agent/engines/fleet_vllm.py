@@ -19,6 +19,12 @@ from trajectory.records import ToolCall
 
 CONTEXT = 512
 START_S = 240
+GENERATING = (
+    "--served-model-name walker --max-num-seqs 32 --no-enable-chunked-prefill "
+    f"--max-num-batched-tokens {4 * CONTEXT} --logprobs-mode processed_logprobs "
+    "--generation-config vllm --enable-prompt-tokens-details --dtype float32"
+)
+"""Flags of a server that samples turns."""
 
 
 def save_walker(folder: Path) -> None:
@@ -66,18 +72,16 @@ def save_walker(folder: Path) -> None:
 class Serve:
     """One server process; it and its children are a process group of their own."""
 
-    def __init__(self, folder: Path, log: Path) -> None:
+    def __init__(self, folder: Path, log: Path, *, flags: str = GENERATING) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self._log = log
         flags = (
-            f"--model {folder} --host 127.0.0.1 --port {port} --served-model-name walker "
-            f"--dtype float32 --enforce-eager --max-model-len {CONTEXT} --max-num-seqs 32 "
-            f"--no-enable-chunked-prefill --max-num-batched-tokens {4 * CONTEXT} "
-            "--kv-cache-memory-bytes 64000000 --logprobs-mode processed_logprobs "
-            "--generation-config vllm --enable-prompt-tokens-details --disable-uvicorn-access-log"
+            f"--model {folder} --host 127.0.0.1 --port {port} --enforce-eager "
+            f"--max-model-len {CONTEXT} --kv-cache-memory-bytes 64000000 "
+            f"--disable-uvicorn-access-log {flags}"
         )
         environment = {
             "VLLM_NO_USAGE_STATS": "1",

@@ -1,0 +1,170 @@
+"""Scoring an episode while it grows: every token is read once.
+
+An `Episode` keeps what the model computed of it so far (the key-value cache). A further step costs
+a forward over that step's own tokens only, and a branch of the episode costs no forward at all.
+This works because `prm.data` tokenises segment by segment, so the ids of a prefix never change
+when the episode goes on, and because a causal model never looks ahead.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Self
+
+import numpy as np
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from prm.metrics import Array
+from prm.model import embedding_rows
+from prm.score import Scorer
+from trajectory.errors import InputError
+from trajectory.records import StepScores, Trajectory
+
+_PROBE = 32
+"""Tokens on which a model shows whether it is causal."""
+_PROBE_TOLERANCE = 1e-4
+"""Largest difference that rounding may make, of the largest logit; models are in float32."""
+
+
+class EpisodeScorer:
+    """Begins episodes that are scored as they grow.
+
+    Parameters
+    ----------
+    scorer : Scorer
+        A loaded reward model on a causal base.
+
+    Raises
+    ------
+    InputError
+        If the base looks ahead (an encoder) or keeps no cache: there is nothing to reuse.
+
+    Examples
+    --------
+    ``episode = EpisodeScorer(scorer).begin()``; after every step ``episode.extend(trajectory)``
+    gives the scores of all prefixes so far, as ``scorer.score([trajectory])[0]`` would. For a
+    search, ``episode.branch()`` gives an independent continuation of the same state.
+    """
+
+    def __init__(self, scorer: Scorer) -> None:
+        _check_causal(scorer.checkpoint.model)
+        self._scorer = scorer
+
+    def begin(self) -> Episode:
+        """Begin an episode of which nothing is read yet."""
+        return Episode(self._scorer)
+
+
+class Episode:
+    """One episode as far as it was read; made by `EpisodeScorer.begin` and `branch`."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self._scorer = scorer
+        self._model = scorer.checkpoint.model
+        self._ids: tuple[int, ...] = ()
+        self._margins_P: Array = np.empty(0)
+        self._cache: Cache = DynamicCache(config=self._model.config)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens read so far."""
+        return len(self._ids)
+
+    def branch(self) -> Self:
+        """Return an independent copy in the same state, to be extended in another way.
+
+        The cache so far is shared: a branch takes memory only for what it reads itself.
+        """
+        other = copy.copy(self)
+        other._cache = _branch_cache(self._cache)
+        return other
+
+    def extend(self, trajectory: Trajectory, *, calibrated: bool = True) -> StepScores:
+        """Read what is new in the trajectory and return the scores of all its prefixes.
+
+        Parameters
+        ----------
+        trajectory : Trajectory
+            The episode as it is now: what it was at the last call, and any number of further
+            steps.
+        calibrated : bool, default=True
+            Whether to apply the checkpoint's calibration.
+
+        Returns
+        -------
+        StepScores
+            S + 1 values in [0, 1], equal to those of `Scorer.score` up to rounding.
+
+        Raises
+        ------
+        InputError
+            If the trajectory is not a continuation of what was read (the episode then stays as it
+            was), or does not fit the model.
+        """
+        (rendered,) = self._scorer.render([trajectory])
+        self._scorer.check_lengths([trajectory], [rendered])
+        read, ids = len(self._ids), rendered.input_ids
+        if ids[:read] != self._ids:
+            raise InputError(
+                f"trajectory {trajectory.trajectory_id} does not continue the episode read so far "
+                f"({read} tokens): extend a branch taken before they part, or begin "
+                "another episode"
+            )
+        columns = [p - read for p in rendered.positions if p >= read]
+        if len(ids) > read:
+            margins_P = self._forward(ids[read:], columns)
+            self._ids, self._margins_P = ids, np.concatenate([self._margins_P, margins_P])
+        assert len(self._margins_P) == len(rendered.positions)
+        return self._scorer.scores_of(trajectory, self._margins_P, calibrated=calibrated)
+
+    @torch.inference_mode()
+    def _forward(self, ids: tuple[int, ...], columns: list[int]) -> Array:
+        """Read further ids and return the raw log-odds at the given columns of them."""
+        # A forward that fails half-way must not leave a half-grown cache behind.
+        cache = _branch_cache(self._cache)
+        logits_TC = _read(self._model, ids, cache)
+        self._cache = cache
+        margins_P = self._scorer.checkpoint.head.margin(logits_TC[columns].float())
+        array: Array = margins_P.cpu().double().numpy()
+        return array
+
+
+def _read(model: PreTrainedModel, ids: tuple[int, ...], cache: Cache) -> torch.Tensor:
+    """Run a forward that continues a cache, which grows; returns logits of shape (T, C)."""
+    input_ids_BT = torch.tensor([ids], device=model.device)
+    output = model(input_ids=input_ids_BT, past_key_values=cache, use_cache=True)
+    logits_TC: torch.Tensor = output.logits[0]
+    return logits_TC
+
+
+def _branch_cache(cache: Cache) -> Cache:
+    """Copy a cache so that both copies can grow; growing layers share what they hold by then."""
+    if all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+        other = copy.copy(cache)
+        # These layers replace their tensors when they grow and never write into them.
+        other.layers = [copy.copy(layer) for layer in cache.layers]
+        return other
+    return copy.deepcopy(cache)
+
+
+@torch.inference_mode()
+def _check_causal(model: PreTrainedModel) -> None:
+    """Refuse a model that looks ahead or does not continue from a cache, by trying it."""
+    refusal = (
+        f"{type(model).__name__} is not a causal model: it reads a whole trajectory at once and "
+        "has no cache to reuse, so an episode cannot be scored incrementally; use Scorer.score"
+    )
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise InputError(refusal)
+    rows = embedding_rows(model)
+    ids = tuple((7 * i + 1) % rows for i in range(_PROBE))
+    whole_TC = model(input_ids=torch.tensor([ids], device=model.device)).logits[0]
+    cache: Cache = DynamicCache(config=model.config)
+    half = _PROBE // 2
+    parts = [_read(model, part, cache) for part in (ids[:half], ids[half:])]
+    difference = float((torch.cat(parts) - whole_TC).abs().max())
+    if not difference <= _PROBE_TOLERANCE * float(whole_TC.abs().max()):
+        raise InputError(refusal)

@@ -1,0 +1,1 @@
+"""Process rewards for other training libraries."""

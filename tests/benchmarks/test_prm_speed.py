@@ -1,0 +1,90 @@
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import serving
+from benchmarks.peers import PeersConfig
+from benchmarks.peers import compare as compare_peers
+from benchmarks.tool_episodes import read_episodes
+from tests.prm.synthetic import make_base, make_rows, small_config, write_label_folder
+from trajectory.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A file like InterCode's."""
+    path = tmp_path_factory.mktemp("runs") / "sql_runs.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        for number in range(24):
+            turns = [
+                {"action": f"SELECT {t}", "observation": "[(1,)]", "reward": float(number % 2)}
+                for t in range(6 if number % 2 else 2)
+            ]
+            row = {"run": number, "model": "m", "task_id": number, "query": "How many?"}
+            file.write(json.dumps(row | {"turns": turns}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base") / "model")
+
+
+def test_episodes_are_drawn_by_length_and_number_of_turns(runs):
+    drawn = read_episodes(runs, 5, seed=1, turns=6)
+    assert drawn == read_episodes(runs, 5, seed=1, turns=6)
+    assert {e.num_steps for e in drawn} == {6}
+    assert {e.outcome for e in drawn} == {1.0}
+    with pytest.raises(InputError, match="holds 12 such episodes, 13 are asked for"):
+        read_episodes(runs, 13, seed=1, turns=2)
+    with pytest.raises(InputError, match="holds 0 such"):
+        read_episodes(runs, 1, seed=1, max_chars=10)
+    with pytest.raises(InputError, match="does not exist"):
+        read_episodes(runs.with_name("none"), 1, seed=1)
+
+
+def test_scoring_is_compared_and_the_three_ways_agree(runs, base, tmp_path, capsys):
+    out = tmp_path / "report.json"
+    compare_peers(PeersConfig(model=str(base), runs=runs, episodes=2, repeats=1, out=out))
+    scoring = json.loads(out.read_text())["scoring"]
+    assert scoring["largest_difference"] < 1e-5
+    assert [row["tokens"] for row in scoring["episodes"]] == [scoring["episodes"][0]["tokens"]] * 2
+    assert scoring["per_prefix_ratio"]["median"] > 1
+    assert "incremental_ratio" in capsys.readouterr().out
+
+
+def test_a_missing_peer_is_named(runs, base):
+    with pytest.raises(InputError, match="--trl-python nowhere does not exist"):
+        PeersConfig(model=str(base), runs=runs, trl_python=Path("nowhere"))
+
+
+@pytest.mark.slow
+def test_the_load_of_the_server_is_measured_and_checked(runs, base, tmp_path, capsys):
+    from prm.train import train
+
+    labels = write_label_folder(tmp_path / "labels", make_rows(6))
+    prm = train(small_config(base, labels, tmp_path / "prm", epochs=1))
+    report = serving.compare(
+        serving.ServingConfig(prm=prm, runs=runs, trajectories=24, clients=8, repeats=1)
+    )
+    assert report["answers_checked"] == 24
+    assert 0 < report["share_of_time_spent_scoring"] < 1
+    assert "none lost, swapped or wrong" in capsys.readouterr().out
+
+
+def test_lost_swapped_and_wrong_answers_are_found(runs):
+    rows = read_episodes(runs, 2, seed=0, turns=2)
+    values = [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]
+    good = [
+        [{"trajectory_id": row.trajectory_id, "values": v}]
+        for row, v in zip(rows, values, strict=True)
+    ]
+    serving.check(rows, values, good)
+    with pytest.raises(InputError, match="2 trajectories were sent, 1 scores came back"):
+        serving.check(rows, values, good[:1])
+    with pytest.raises(InputError, match="was answered with"):
+        serving.check(rows, values, good[::-1])
+    with pytest.raises(InputError, match="scored differently, by 0.1"):
+        serving.check(rows, [[0.1, 0.2, 0.4], values[1]], good)
