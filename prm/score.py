@@ -77,14 +77,32 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(math.log(v) for v in values) / len(values))
 
 
+def product(values: Sequence[float]) -> float:
+    """Return ``prod v_i``, the probability that all steps are right if they were independent.
+
+    Notes
+    -----
+    Biased: every further score below 1 lowers it, so it prefers trajectories with fewer steps,
+    also where the missing ones were needed. It is offered to compare with work that uses it and
+    is no head's default; `geometric_mean` is the same without that preference.
+
+    Examples
+    --------
+    >>> product([0.5, 0.5]), product([0.5, 0.5, 0.9])
+    (0.25, 0.225)
+    """
+    return math.prod(values)
+
+
 AGGREGATIONS: dict[str, Callable[[Sequence[float]], float]] = {
     "last": last,
     "min": minimum,
     "mean": mean,
     "geomean": geometric_mean,
+    "product": product,
 }
-"""Name to function of at least one score. A product over steps is left out on purpose: it prefers
-trajectories with fewer steps."""
+"""Name to function of at least one score. Which one is a checkpoint's default follows from its
+kind and stands in its ``prm.json``."""
 
 
 class Scorer:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, JsonValue, model_validator
 from trajectory.errors import InputError
 from trajectory.formats import from_messages, to_messages
 from trajectory.records import LabelledTrajectory, Task
-from trajectory.step_formats.rated import Rating, RatedTrajectory
+from trajectory.step_formats.rated import RatedTrajectory, Rating
 from trajectory.step_formats.rows import data_files, problem_id, read_rows, stem, write_rows
 
 NAME = "messages"

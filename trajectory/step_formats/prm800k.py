@@ -16,7 +16,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 from trajectory.records import Task
-from trajectory.step_formats.rated import Rating, RatedTrajectory, text_trajectory
+from trajectory.step_formats.rated import RatedTrajectory, Rating, text_trajectory
 from trajectory.step_formats.rows import data_files, problem_id, read_rows, stem
 
 NAME = "prm800k"

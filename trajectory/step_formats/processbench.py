@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from trajectory.errors import InputError
 from trajectory.records import LabelledTrajectory, Task
-from trajectory.step_formats.rated import Rating, RatedTrajectory, step_text, text_trajectory
+from trajectory.step_formats.rated import RatedTrajectory, Rating, step_text, text_trajectory
 from trajectory.step_formats.rows import data_files, problem_id, read_rows, stem, write_rows
 
 NAME = "processbench"
