@@ -9,7 +9,7 @@ and a random choice.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,7 +33,6 @@ from prm.benchmarks.selection import (
     by_vote,
     oracle,
 )
-from prm.metrics import Estimate
 from prm.score import AGGREGATIONS
 from trajectory.atomic import atomic_path
 from trajectory.errors import InputError
@@ -129,43 +128,35 @@ def _accuracies(
     """Compute every chooser's accuracy with its interval."""
     problems = [p.name for p in pools]
 
-    def measure(choose: Callable[[Pool], float]) -> JsonValue:
-        columns = as_columns([choose(pool) for pool in pools])
-        found: Estimate = estimate_from_sums(
-            columns, problems, rate, resamples=config.resamples, seed=config.seed
+    def measure(values: Sequence[float]) -> JsonValue:
+        found = estimate_from_sums(
+            as_columns(values), problems, rate, resamples=config.resamples, seed=config.seed
         )
         return asdict(found)
 
     table: dict[str, JsonValue] = {
-        "random": measure(lambda p: at_random(p.correct)),
-        "majority": measure(lambda p: by_vote(p.answers, p.correct)),
-        "oracle": measure(lambda p: oracle(p.correct)),
-        "fewest steps": measure(lambda p: by_score([-len(s) for s in p.steps], p.correct)),
+        "random": measure([at_random(p.correct) for p in pools]),
+        "majority": measure([by_vote(p.answers, p.correct) for p in pools]),
+        "oracle": measure([oracle(p.correct) for p in pools]),
+        "fewest steps": measure([by_score([-len(s) for s in p.steps], p.correct) for p in pools]),
     }
     for model, rows in scored.items():
-        lowest = [
-            float(last_is_lowest(rows[pool.name, n].step_scores))
-            for pool in pools
-            for n in range(len(pool.correct))
-        ]
+        steps = [[rows[p.name, n].step_scores for n in range(len(p.correct))] for p in pools]
+        lowest = [float(last_is_lowest(scores)) for own in steps for scores in own]
         entry: dict[str, JsonValue] = {"lowest_is_last": sum(lowest) / len(lowest)}
         for name, aggregation in AGGREGATIONS.items():
-            values = {
-                pool.name: [
-                    aggregation(rows[pool.name, n].step_scores) for n in range(len(pool.correct))
-                ]
-                for pool in pools
-            }
+            values = [[aggregation(scores) for scores in own] for own in steps]
+            pairs = list(zip(values, pools, strict=True))
             entry[name] = {
-                "best": measure(lambda p, v=values: by_score(v[p.name], p.correct)),  # type: ignore[misc]
+                "best": measure([by_score(v, p.correct) for v, p in pairs]),
                 "weighted_vote": measure(
-                    lambda p, v=values: by_vote(p.answers, p.correct, _positive(v[p.name]))  # type: ignore[misc]
+                    [by_vote(p.answers, p.correct, _positive(v)) for v, p in pairs]
                 ),
-                "best_by_size": [
-                    sum(by_score_of(values[p.name], p.correct, size) for p in pools) / len(pools)
+                "best_by_size": {
+                    str(size): sum(by_score_of(v, p.correct, size) for v, p in pairs) / len(pools)
                     for size in SIZES
                     if all(size <= len(p.correct) for p in pools)
-                ],
+                },
             }
         table[model] = entry
     return table

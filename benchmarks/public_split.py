@@ -57,7 +57,7 @@ def split(config: PublicSplitConfig) -> dict[str, int]:
     excluded = set()
     if config.exclude is not None:
         for file in data_files(config.exclude):
-            excluded |= {problem_id(row[config.exclude_key]) for _, row in _rows(file)}
+            excluded |= {problem_id(str(row[config.exclude_key])) for _, row in _rows(file)}
     sides: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
     left_out, overlapping = 0, set()
     for line, row in _rows(config.data):

@@ -13,7 +13,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.llama import LlamaForCausalLM
 
 from prm.model import quiet_transformers
@@ -52,7 +58,7 @@ def make(config: SmallBaseConfig) -> None:
     if config.first_layers_of is not None:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(config.first_layers_of)
-            model = AutoModelForCausalLM.from_pretrained(
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 config.first_layers_of,
                 num_hidden_layers=config.layers,
                 dtype=torch.float32,

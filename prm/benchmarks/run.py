@@ -177,7 +177,7 @@ def load_cases(benchmark: Name, data: Path) -> Loaded:
     """
     if benchmark == "best_of_n":
         return _load_pools(data)
-    cases = []
+    cases: list[Case] = []
     for row in read_ratings(f"{benchmark}:{data}"):
         if row.trajectory.meta.get("repeated") is True:
             continue
@@ -185,8 +185,9 @@ def load_cases(benchmark: Name, data: Path) -> Loaded:
         if benchmark == "intercode":
             targets = (row.trajectory.outcome,) * row.trajectory.num_steps
         cases.append(Case(trajectory=row.trajectory, targets=targets))
-    answers = runs.run_answers(cases) if benchmark == "intercode" else [None] * len(cases)
-    return Loaded(cases=cases, answers=answers)
+    if benchmark == "intercode":
+        return Loaded(cases=cases, answers=runs.run_answers(cases))
+    return Loaded(cases=cases, answers=[None for _ in cases])
 
 
 def _load_pools(data: Path) -> Loaded:

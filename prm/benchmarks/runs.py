@@ -1,14 +1,14 @@
 """What is reported of agent runs and of candidate pools: ranking by turn, and choosing among them.
 
 InterCode: every action's score against the eventual success of its run, over all actions, by turn
-and by the model that acted; and the choice of one run per task. Pools: the choice of one solution
-per problem.
+and by the model that acted. Runs of one task, and solutions of one problem in a pool, also compete:
+what is reported is the outcome of the one that is chosen.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 from prm.benchmarks.arms import Case, StepScores
 from prm.benchmarks.metrics import estimate_from_sums, rate
@@ -33,8 +33,7 @@ def intercode(
         for turn, score in enumerate(values, start=1)
     ]
 
-    def auroc(keep: Callable[[Case, int], bool]) -> Estimate:
-        kept = [a for a in actions if keep(a[0], a[1])]
+    def auroc(kept: Sequence[tuple[Case, int, float]]) -> Estimate:
         items = make_items(
             [score for _, _, score in kept],
             [case.trajectory.outcome or 0.0 for case, _, _ in kept],
@@ -43,30 +42,24 @@ def intercode(
         return estimate("auroc", items, resamples=bootstrap.resamples, seed=bootstrap.seed)
 
     figures = {
-        "auroc": auroc(lambda c, t: True),
-        "auroc_before_last": auroc(lambda c, t: t < c.trajectory.num_steps),
+        "auroc": auroc(actions),
+        "auroc_before_last": auroc([a for a in actions if a[1] < a[0].trajectory.num_steps]),
     }
-    for turn in range(1, 1 + max((c.trajectory.num_steps for c in cases), default=0)):
-        figures[f"turn_{turn}_auroc"] = auroc(lambda c, t, turn=turn: t == turn)  # type: ignore[misc]
-    for policy in sorted({c.trajectory.policy for c in cases}):
-        figures[f"{policy}_auroc"] = auroc(lambda c, t, p=policy: c.trajectory.policy == p)  # type: ignore[misc]
+    for turn in sorted({turn for _, turn, _ in actions}):
+        figures[f"turn_{turn}_auroc"] = auroc([a for a in actions if a[1] == turn])
+    for policy in sorted({case.trajectory.policy for case in cases}):
+        figures[f"{policy}_auroc"] = auroc([a for a in actions if a[0].trajectory.policy == policy])
     return figures
 
 
-def choose_runs(
-    cases: Sequence[Case], scores: Sequence[StepScores], bootstrap: Bootstrap
-) -> dict[str, Estimate]:
-    """Measure the success of the run chosen per task, for every aggregation."""
-    return choose(cases, scores, run_answers(cases), bootstrap)
-
-
-def _last_observation(case: Case) -> str | None:
-    """Return what the run's last action gave, as its answer for votes; None for an error."""
-    if not case.trajectory.steps:
-        return None
-    last = case.trajectory.steps[-1].observations
-    ok = last and all(o.error is None for o in last)
-    return canonical_answer(last[-1].content) if ok else None
+def run_answers(cases: Sequence[Case]) -> list[str | None]:
+    """Return what runs vote with: the result of their last action, None for an error."""
+    answers: list[str | None] = []
+    for case in cases:
+        last = case.trajectory.steps[-1].observations if case.trajectory.steps else ()
+        ran = bool(last) and all(o.error is None for o in last)
+        answers.append(canonical_answer(last[-1].content) if ran else None)
+    return answers
 
 
 def choose(
@@ -92,18 +85,13 @@ def choose(
     figures: dict[str, Estimate] = {}
     for name, aggregation in AGGREGATIONS.items():
         values = [aggregation(s) if s else 0.0 for s in scores]
-        figures[f"best_{name}"] = _over_groups(
-            groups,
-            lambda g, v=values: by_score([v[n] for n in g], _outcomes(cases, g)),
-            bootstrap,  # type: ignore[misc]
-        )
-        figures[f"weighted_vote_{name}"] = _over_groups(
-            groups,
-            lambda g, v=values: by_vote(  # type: ignore[misc]
-                [answers[n] for n in g], _outcomes(cases, g), [v[n] for n in g]
-            ),
-            bootstrap,
-        )
+        best, voted = [], []
+        for group in groups.values():
+            right, own = _outcomes(cases, group), [values[n] for n in group]
+            best.append(by_score(own, right))
+            voted.append(by_vote([answers[n] for n in group], right, own))
+        figures[f"best_{name}"] = _average(groups, best, bootstrap)
+        figures[f"weighted_vote_{name}"] = _average(groups, voted, bootstrap)
     return figures
 
 
@@ -112,18 +100,14 @@ def choose_without_scores(
 ) -> dict[str, Estimate]:
     """Measure the choices that need no reward model: random, majority vote, oracle."""
     groups = candidate_groups(cases)
+    outcomes = [_outcomes(cases, group) for group in groups.values()]
+    votes = [[answers[n] for n in group] for group in groups.values()]
+    majority = [by_vote(a, right) for a, right in zip(votes, outcomes, strict=True)]
     return {
-        "random": _over_groups(groups, lambda g: at_random(_outcomes(cases, g)), bootstrap),
-        "majority": _over_groups(
-            groups, lambda g: by_vote([answers[n] for n in g], _outcomes(cases, g)), bootstrap
-        ),
-        "oracle": _over_groups(groups, lambda g: oracle(_outcomes(cases, g)), bootstrap),
+        "random": _average(groups, [at_random(right) for right in outcomes], bootstrap),
+        "majority": _average(groups, majority, bootstrap),
+        "oracle": _average(groups, [oracle(right) for right in outcomes], bootstrap),
     }
-
-
-def run_answers(cases: Sequence[Case]) -> list[str | None]:
-    """Return what runs vote with: the result of their last action, None for an error."""
-    return [_last_observation(case) for case in cases]
 
 
 def candidate_groups(cases: Sequence[Case]) -> dict[str, list[int]]:
@@ -139,16 +123,11 @@ def _outcomes(cases: Sequence[Case], group: Sequence[int]) -> list[float]:
     return [cases[n].trajectory.outcome or 0.0 for n in group]
 
 
-def _over_groups(
-    groups: Mapping[str, Sequence[int]],
-    chosen: Callable[[Sequence[int]], float],
-    bootstrap: Bootstrap,
-) -> Estimate:
-    """Average a choice over problems."""
-    columns = as_columns([chosen(group) for group in groups.values()])
+def _average(problems: Collection[str], values: Sequence[float], bootstrap: Bootstrap) -> Estimate:
+    """Average a choice's outcome over problems."""
     return estimate_from_sums(
-        columns.reshape(-1, 2),
-        list(groups),
+        as_columns(values),
+        list(problems),
         rate,
         resamples=bootstrap.resamples,
         seed=bootstrap.seed,

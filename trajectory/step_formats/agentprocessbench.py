@@ -91,7 +91,7 @@ def _steps(messages: Sequence[Mapping[str, JsonValue]], place: str) -> Iterator[
         part = messages[start:end]
         try:
             steps = from_messages(
-                [dict(m) for m in part],  # type: ignore[arg-type]
+                part,
                 trajectory_id=place,
                 task=Task(task_id=place, domain="", prompt="", answer=""),
             ).steps

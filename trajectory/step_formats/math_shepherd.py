@@ -72,7 +72,7 @@ def _split(text: str, place: str) -> tuple[str, list[str]]:
 
 def _labels(row: Row, place: str) -> list[float]:
     """Read the marks at the places of the tags, walking both texts at once."""
-    labels = []
+    labels: list[float] = []
     at = 0
     for part in row.input.split(TAG)[:-1]:
         mark = row.label[at + len(part) : at + len(part) + 1]

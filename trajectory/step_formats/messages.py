@@ -57,7 +57,7 @@ def read(path: Path) -> Iterator[RatedTrajectory]:
             task_id = row.task_id or problem_id(prompt)
             try:
                 trajectory = from_messages(
-                    row.messages,  # type: ignore[arg-type]
+                    row.messages,
                     trajectory_id=row.id or f"{stem(file)}/{number}",
                     task=Task(task_id=task_id, domain="messages", prompt=prompt, answer=""),
                     outcome=row.outcome,
