@@ -149,9 +149,7 @@ def _accuracies(
             pairs = list(zip(values, pools, strict=True))
             entry[name] = {
                 "best": measure([by_score(v, p.correct) for v, p in pairs]),
-                "weighted_vote": measure(
-                    [by_vote(p.answers, p.correct, _positive(v)) for v, p in pairs]
-                ),
+                "weighted_vote": measure([by_vote(p.answers, p.correct, v) for v, p in pairs]),
                 "best_by_size": {
                     str(size): sum(by_score_of(v, p.correct, size) for v, p in pairs) / len(pools)
                     for size in SIZES
@@ -160,12 +158,6 @@ def _accuracies(
             }
         table[model] = entry
     return table
-
-
-def _positive(scores: Sequence[float]) -> list[float]:
-    """Move scores that are no probabilities (logits) up, so that none weighs below nothing."""
-    least = min(scores)
-    return [s - least for s in scores] if least < 0 else list(scores)
 
 
 def _print(name: str, entry: JsonValue) -> None:

@@ -55,10 +55,11 @@ class SmallBaseConfig:
 
 def make(config: SmallBaseConfig) -> None:
     """Write the base's folder."""
+    model: PreTrainedModel
     if config.first_layers_of is not None:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(config.first_layers_of)
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model = AutoModelForCausalLM.from_pretrained(
                 config.first_layers_of,
                 num_hidden_layers=config.layers,
                 dtype=torch.float32,

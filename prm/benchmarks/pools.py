@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,16 @@ from trajectory.errors import InputError
 from trajectory.records import Task, Trajectory
 from trajectory.step_formats.rated import text_trajectory
 from trajectory.step_formats.rows import problem_id, read_rows
+
+_REWRITES = (
+    (re.compile(r"\\left|\\right|\\[!,;]|\\?\$|\s|\^\\circ|\^\{\\circ\}|\.$"), ""),
+    (re.compile(r"\\[dt]frac"), r"\\frac"),
+    (re.compile(r"\\frac(\d)(\d)"), r"\\frac{\1}{\2}"),
+    (re.compile(r"\\sqrt(\d)"), r"\\sqrt{\1}"),
+)
+"""Ways of writing that say nothing, and what stands for them."""
+
+_UNIT = re.compile(r"\\(?:text|mathrm)\{[^{}]*\}|\\?%")
 
 
 class CandidateRow(BaseModel):
@@ -74,18 +85,19 @@ class Pool:
 def canonical_answer(answer: str) -> str:
     r"""Return the text that equal answers share: numbers by value, the rest without layout.
 
+    Units after a number play no part.
+
     Examples
     --------
-    >>> canonical_answer("1,000.0") == canonical_answer("$1000")
-    True
-    >>> canonical_answer(r"\left( 3, \frac{\pi}{2} \right)")
-    '(3,\\\\frac{\\\\pi}{2})'
+    >>> {canonical_answer(text) for text in ("1,000.0", r"\$1000", r"1000 \text{ m}")}
+    {'1000.0'}
+    >>> canonical_answer(r"\left( \dfrac12, \pi \right)")
+    '(\\frac{1}{2},\\pi)'
     """
-    for layout in ("\\left", "\\right", "\\!", "\\,", "\\$", "$", " ", "\n"):
-        answer = answer.replace(layout, "")
-    answer = answer.rstrip(".")
+    for pattern, written in _REWRITES:
+        answer = pattern.sub(written, answer)
     try:
-        return repr(float(answer.replace(",", "")))
+        return repr(float(_UNIT.sub("", answer).replace(",", "")))
     except ValueError:
         return answer.casefold()
 
