@@ -110,7 +110,7 @@ FIRST = "Let's call the price of a pencil p and the price of a jumbo eraser e."
 
 
 def prm800k_rows() -> list[dict[str, object]]:
-    """The first steps of a real problem: one good step, two bad candidates, a neutral, a human's."""
+    """The first steps of a real problem: good, two bad, a neutral, one that a human wrote."""
     return [
         {"instruction": PENCILS, "responses": list(before), "next_response": text, "rating": rating}
         for before, text, rating in [
@@ -281,9 +281,7 @@ def test_other_bad_files_are_refused(tmp_path):
     with pytest.raises(InputError, match="holds no rows of format trl"):
         read_ratings(f"trl:{tmp_path / 'd.jsonl'}")
     with pytest.raises(InputError, match="is the id of the row at"):
-        read_ratings(
-            f"processbench:{write(tmp_path / 'e.jsonl', PROCESSBENCH, PROCESSBENCH)}"
-        )
+        read_ratings(f"processbench:{write(tmp_path / 'e.jsonl', PROCESSBENCH, PROCESSBENCH)}")
 
 
 @pytest.mark.parametrize("spec", ["data.jsonl", "csv:data.jsonl", "trl:"])
