@@ -48,6 +48,21 @@ COMMANDS = {
         "benchmarks.curves:compare",
         "learning curves of several arms over seeds",
     ),
+    "bon-pools": Command(
+        "benchmarks.bon_pools:BonPoolsConfig",
+        "benchmarks.bon_pools:compare",
+        "best-of-N from the published step scores of other reward models",
+    ),
+    "small-base": Command(
+        "benchmarks.small_base:SmallBaseConfig",
+        "benchmarks.small_base:make",
+        "a small base to train reward models from on a CPU",
+    ),
+    "public-split": Command(
+        "benchmarks.public_split:PublicSplitConfig",
+        "benchmarks.public_split:split",
+        "a public data set parted by problem, without the problems of another",
+    ),
     "sql-gold": Command(
         "benchmarks.sql_gold:SqlGoldConfig",
         "benchmarks.sql_gold:check",

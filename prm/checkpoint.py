@@ -55,7 +55,11 @@ class Provenance(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     labels: str
-    """Folder or file of the labels."""
+    """Folder of the labels, or FORMAT:PATH of a public data set."""
+    neutral: str | None = None
+    """What its neutral steps were taken for; None where it had none."""
+    shuffled_labels: bool = False
+    """True: a control, trained on labels dealt out at random."""
     parents: Mapping[str, str]
     """Path to sha256 of everything the checkpoint was made from."""
     estimators: tuple[str, ...]

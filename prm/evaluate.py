@@ -29,6 +29,7 @@ from prm.attack_report import (
     print_attacks,
 )
 from prm.baseline import cross_fit_logistic
+from prm.benchmarks.run import PublicBenchmark, evaluate_public
 from prm.checkpoint import load_tasks
 from prm.evaluation_table import print_report
 from prm.metrics import Array, Estimate, Items, estimate, make_items
@@ -60,10 +61,12 @@ class EvaluateConfig:
 
     prm: Path
     """Folder that `prm train` wrote."""
-    labels: Path
-    """Folder that `prm label` wrote; tasks the PRM was trained on are left out."""
+    labels: Path | None = None
+    """Folder that `prm label` wrote, or give --benchmark; tasks the PRM was trained on are left
+    out."""
+    public: PublicBenchmark = field(default_factory=PublicBenchmark)
     out: Path | None = None
-    """Folder of the report; None is PRM/evaluation."""
+    """Folder of the report; None is PRM/evaluation, or PRM-BENCHMARK beside the PRM."""
     calibrated: bool = True
     """Apply the checkpoint's calibration."""
     resamples: int = 1000
@@ -75,6 +78,10 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.resamples < 100:
             raise InputError("--resamples must be at least 100")
+        if (self.labels is None) == (self.public.benchmark is None):
+            raise InputError(
+                "give exactly one of --labels (a folder of `prm label`) and --benchmark with --data"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,6 +122,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, JsonValue]:
     GateError
         If attacks succeed more often than the user allows; the report is written all the same.
     """
+    if config.labels is None:
+        return evaluate_public(config)
     labels_path = config.labels / "labels.parquet"
     rows = read_labels(labels_path)
     scorer = Scorer.load(config.prm, device=config.device)

@@ -1,4 +1,4 @@
-"""``prm train``: labels to a reward model.
+"""``prm train``: labels, or a public data set, to a reward model.
 
 Rows are split by task, so no task is on both sides; the held-out part decides when to stop and
 calibrates the scores. The output folder is an ordinary Hugging Face folder plus ``prm.json``; the
@@ -51,10 +51,10 @@ from prm.packing import check_packing
 from prm.predict import predict
 from prm.recipe import RecipeConfig
 from prm.schedule import default_learning_rate, default_step_tokens
+from prm.training_data import PublicData, load_rows, shuffle_labels, why_unusable
 from trajectory.errors import InputError
 from trajectory.records import LabelledTrajectory
 from trajectory.run import config_dict, open_run
-from trajectory.store import read_labels
 from trajectory.tracking import make_tracker
 
 STATE = ".state"
@@ -65,8 +65,9 @@ STATE = ".state"
 class TrainConfig:
     """Train a process reward model from labels."""
 
-    labels: Path
-    """Folder that `prm label` wrote."""
+    labels: Path | None = None
+    """Folder that `prm label` wrote; or give --data."""
+    public: PublicData = field(default_factory=PublicData)
     model: str
     """Base: hub id or folder of a causal language model or an encoder."""
     out: Path
@@ -104,6 +105,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         get_head(self.head)
+        if (self.labels is None) == (self.public.data is None):
+            raise InputError(
+                "give exactly one of --labels (a folder of `prm label`) and --data FORMAT:PATH"
+            )
         for name in ("epochs", "step_tokens", "batch_tokens", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -114,6 +119,11 @@ class TrainConfig:
             raise InputError("--held-out must lie between 0 and 1")
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise InputError("--learning-rate must be positive")
+
+    @property
+    def source(self) -> str:
+        """Where the rows come from, as it was given."""
+        return str(self.labels) if self.public.data is None else self.public.data
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,14 +160,14 @@ def train(config: TrainConfig) -> Path:
         down (the best checkpoint so far is then kept).
     """
     config.publish.check_token()
-    labels_path = Path(config.labels) / "labels.parquet"
-    rows = read_labels(labels_path)
+    loaded = load_rows(config.labels, config.public)
+    rows = loaded.rows
     accelerator = Accelerator(cpu=pick_device(config.device).type == "cpu")
     if not accelerator.is_main_process:  # the main process alone owns the folder
         accelerator.wait_for_everyone()
         _train(config, rows, accelerator, {})
         return config.out
-    parents = [labels_path, Path(config.model)]
+    parents = [loaded.path, Path(config.model)]
     recorded = config_dict(_unpublished(config))
     with open_run(config.out, kind="train", config=recorded, parents=parents) as run:
         accelerator.wait_for_everyone()
@@ -258,13 +268,15 @@ def prepare(
     usable = [e for e in short if any(head.targets(e).weights)]
     if not usable:
         raise InputError(
-            f"{config.labels}: none of the {len(rows)} trajectories has a usable label for head "
-            f"{head.name!r} ({dropped_long} were too long): label them with more rollouts"
+            f"{config.source}: none of the {len(rows)} trajectories has a usable label for head "
+            f"{head.name!r} ({dropped_long} were too long): {why_unusable(head, config.public)}"
         )
+    if config.public.shuffle_labels:
+        usable = shuffle_labels(usable, seed=config.seed)
     tasks = [e.task_id for e in usable]
     if len(set(tasks)) < 2:
         raise InputError(
-            f"{config.labels} holds one task only: a PRM needs at least 2, to hold one out"
+            f"{config.source} holds one task only: a PRM needs at least 2, to hold one out"
         )
     splitter = GroupShuffleSplit(
         n_splits=1, test_size=_held_out_tasks(config, len(set(tasks))), random_state=config.seed
@@ -335,7 +347,9 @@ def _provenance(
 ) -> Provenance:
     """Record where the labels came from."""
     return Provenance(
-        labels=str(config.labels),
+        labels=config.source,
+        neutral=config.public.neutral,
+        shuffled_labels=config.public.shuffle_labels,
         parents=parents,
         estimators=tuple(sorted({row.labels.estimator for row in rows})),
         completers=tuple(sorted({row.evidence.completer for row in rows})),

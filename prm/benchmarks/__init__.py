@@ -1,0 +1,1 @@
+"""Public benchmarks of reward models: their metrics, their baselines, one command."""
