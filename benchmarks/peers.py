@@ -51,6 +51,9 @@ class PeersConfig:
     """Optimizer steps of a training run."""
     rows_per_step: int = 4
     """Episodes of one optimizer step; TRL pads them all to the longest, about 1 MB a token."""
+    batch_tokens: int = 1024
+    """Padded tokens of our forward passes: a step is cut into as many as that takes, which does not
+    change its gradient; TRL pads all rows of a step."""
     max_chars: int = 3000
     """Longer episodes are left out of training, for memory's sake (9 % of InterCode-SQL)."""
     episodes: int = 8
@@ -62,8 +65,11 @@ class PeersConfig:
     """Write the report to this JSON file too."""
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.rows_per_step, self.episodes + 1, self.repeats) < 1:
-            raise InputError("--steps, --rows-per-step and --repeats start at 1, --episodes at 0")
+        sizes = (self.steps, self.rows_per_step, self.batch_tokens, self.repeats)
+        if min(*sizes, self.episodes + 1) < 1:
+            raise InputError(
+                "--steps, --rows-per-step, --batch-tokens and --repeats start at 1, --episodes at 0"
+            )
         if self.episodes == 0 and self.trl_python is None:
             raise InputError("nothing to compare: give --trl-python, or --episodes of at least 1")
         if self.trl_python is not None and not self.trl_python.exists():
@@ -192,8 +198,7 @@ def compare_training(config: PeersConfig) -> Report:
             "model": str(base),
             "rows": rows,
             "rows_per_step": config.rows_per_step,
-            # What a step of TRL holds on average, so that both sides have the same memory to use.
-            "batch_tokens": _padded(lengths, config.rows_per_step) // config.steps,
+            "batch_tokens": config.batch_tokens,
             "learning_rate": 2e-5,
         }
         path = Path(folder) / "job.json"
