@@ -77,7 +77,7 @@ def trl(job: Job) -> list[dict[str, float]]:
 
     steps: list[dict[str, float]] = []
 
-    class Meter(TrainerCallback):  # type: ignore[misc]
+    class Meter(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:  # noqa: ANN401 - the trainer's own
             self.watch = _Watch()
 

@@ -49,8 +49,13 @@ class PeersConfig:
     """Interpreter of an environment with TRL 1.13; None leaves training out."""
     steps: int = 4
     """Optimizer steps of a training run."""
-    rows_per_step: int = 8
-    """Episodes of one optimizer step."""
+    rows_per_step: int = 4
+    """Episodes of one optimizer step; TRL pads them all to the longest, about 1 MB a token."""
+    batch_tokens: int = 1024
+    """Padded tokens of our forward passes: a step is cut into as many as that takes, which does not
+    change its gradient; TRL pads all rows of a step."""
+    max_chars: int = 3000
+    """Longer episodes are left out of training, for memory's sake (9 % of InterCode-SQL)."""
     episodes: int = 8
     """Episodes of 6 turns that are scored in each way; 0 leaves scoring out."""
     repeats: int = 3
@@ -60,8 +65,11 @@ class PeersConfig:
     """Write the report to this JSON file too."""
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.rows_per_step, self.episodes + 1, self.repeats) < 1:
-            raise InputError("--steps, --rows-per-step and --repeats start at 1, --episodes at 0")
+        sizes = (self.steps, self.rows_per_step, self.batch_tokens, self.repeats)
+        if min(*sizes, self.episodes + 1) < 1:
+            raise InputError(
+                "--steps, --rows-per-step, --batch-tokens and --repeats start at 1, --episodes at 0"
+            )
         if self.episodes == 0 and self.trl_python is None:
             raise InputError("nothing to compare: give --trl-python, or --episodes of at least 1")
         if self.trl_python is not None and not self.trl_python.exists():
@@ -167,7 +175,7 @@ def compare_training(config: PeersConfig) -> Report:
     """Train with both sides in turns, each run in a process of its own."""
     assert config.trl_python is not None
     count = config.steps * config.rows_per_step
-    episodes = read_episodes(config.runs, count, seed=config.seed)
+    episodes = read_episodes(config.runs, count, seed=config.seed, max_chars=config.max_chars)
     tokenizer = open_tokenizer(config.model)
     rendered = render(episodes, tokenizer)
     rows = [
@@ -190,8 +198,7 @@ def compare_training(config: PeersConfig) -> Report:
             "model": str(base),
             "rows": rows,
             "rows_per_step": config.rows_per_step,
-            # What a step of TRL holds on average, so that both sides have the same memory to use.
-            "batch_tokens": _padded(lengths, config.rows_per_step) // config.steps,
+            "batch_tokens": config.batch_tokens,
             "learning_rate": 2e-5,
         }
         path = Path(folder) / "job.json"
@@ -215,7 +222,8 @@ def _train(side: str, python: str, job: Path) -> Report:
     lines = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
     if done.returncode or not lines:
         raise InputError(
-            f"the {side} side of the training comparison failed:\n{done.stderr[-2000:]}"
+            f"the {side} side of the training comparison failed (exit {done.returncode}; -9 is out "
+            f"of memory: lower --rows-per-step):\n{done.stderr[-2000:]}"
         )
     report: Report = json.loads(lines[-1].removeprefix("RESULT "))
     return report
@@ -233,6 +241,7 @@ def _training_report(
     curves = {side: [s["loss"] for s in found[0]["steps"]] for side, found in runs.items()}
     return {
         "rows": len(lengths),
+        "longest": max(lengths),
         "useful_tokens": tokens,
         "tokens_of_trl_with_padding": _padded(lengths, config.rows_per_step),
         "useful_tokens_per_cpu_second": {

@@ -2,7 +2,9 @@
 
 Both run in turns on the same machine, and every answer is compared with the one in process, so a
 lost, swapped or wrong answer fails the benchmark. A client asks, waits for its answer and asks
-again: the number of clients is the number of requests in flight.
+again: the number of clients is the number of requests in flight. Beside the rate by the clock
+stands the ratio of processor time, in process to all of the server, which hardly depends on the
+neighbours.
 """
 
 from __future__ import annotations
@@ -75,19 +77,23 @@ def compare(config: ServingConfig) -> Report:
     drawn = read_episodes(config.runs, config.trajectories, seed=config.seed)
     rows = [row for row, fits in zip(drawn, scorer.fits(drawn), strict=True) if fits]
     scorer.score(rows[:4])  # the first forward is slower
-    direct, served, latencies, shares = [], [], [], []
+    direct, served, latencies, shares, efforts = [], [], [], [], []
     with serving(config.prm) as url:
         load(url, rows[:4], config)
         for _ in range(config.repeats):
-            started = time.perf_counter()
+            started, worked = time.perf_counter(), time.process_time()
             expected = [s.values for s in scorer.score(rows)]
             direct.append(len(rows) / (time.perf_counter() - started))
-            busy = _busy_seconds(url)
+            worked = time.process_time() - worked
+            before = _meters(url)
             started = time.perf_counter()
             answers, waits = load(url, rows, config)
             seconds = time.perf_counter() - started
+            after = _meters(url)
             served.append(len(rows) / seconds)
-            shares.append((_busy_seconds(url) - busy) / seconds)
+            busy, cpu = (b - a for a, b in zip(before, after, strict=True))
+            shares.append(busy / seconds)
+            efforts.append(worked / cpu)
             latencies += waits
             check(rows, expected, answers)
     report: Report = {
@@ -101,6 +107,7 @@ def compare(config: ServingConfig) -> Report:
         "ratio": statistics.median(s / d for s, d in zip(served, direct, strict=True)),
         "all_in_process": direct,
         "all_served": served,
+        "cpu_ratio": statistics.median(efforts),
         "share_of_time_spent_scoring": statistics.median(shares),
         "latency_s": {f"p{p}": float(np.percentile(latencies, p)) for p in (50, 90, 99)},
         "answers_checked": len(rows) * config.repeats,
@@ -189,12 +196,16 @@ def check(
             raise InputError(f"{row.trajectory_id} was scored differently, by {difference:.2g}")
 
 
-def _busy_seconds(url: str) -> float:
-    """Read how long the server has been scoring."""
+def _meters(url: str) -> tuple[float, float]:
+    """Read how long the server has been scoring, and its processor time, seconds."""
     text = urllib3.request("GET", f"{url}/metrics").data.decode()
-    found = re.search(r"^prm_scoring_seconds_total (\S+)", text, re.MULTILINE)
-    assert found is not None
-    return float(found.group(1))
+    busy, cpu = (
+        float(line.split()[1])
+        for name in ("prm_scoring_seconds_total ", "process_cpu_seconds_total ")
+        for line in text.splitlines()
+        if line.startswith(name)
+    )
+    return busy, cpu
 
 
 def _print(report: Report) -> None:
@@ -203,7 +214,8 @@ def _print(report: Report) -> None:
     print(
         f"{report['trajectories']} trajectories, {report['tokens']} tokens, {report['clients']} "
         f"clients\n  in process {report['in_process_per_s']:.2f} a second, served "
-        f"{report['served_per_s']:.2f}: ratio {report['ratio']:.3f}\n  latency {latency}; the "
+        f"{report['served_per_s']:.2f}: ratio {report['ratio']:.3f}, of processor time "
+        f"{report['cpu_ratio']:.3f}\n  latency {latency}; the "
         f"scoring thread was busy {report['share_of_time_spent_scoring']:.1%} of the time\n  "
         f"{report['answers_checked']} answers checked, none lost, swapped or wrong"
     )

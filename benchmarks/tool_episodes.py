@@ -28,7 +28,7 @@ def read_episodes(
     turns : int, optional
         Only episodes of so many turns.
     max_chars : int, default=4000
-        Longer episodes are left out, so that memory is bounded; 1 % of the file.
+        Longer episodes are left out, so that memory is bounded (5 % of InterCode-SQL).
 
     Raises
     ------

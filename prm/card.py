@@ -45,7 +45,7 @@ class PublishConfig:
         if self.push_to_hub is None:
             return
         from huggingface_hub.errors import HFValidationError
-        from huggingface_hub.utils import validate_repo_id
+        from huggingface_hub.utils._validators import validate_repo_id
 
         try:
             validate_repo_id(self.push_to_hub)

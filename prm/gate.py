@@ -7,7 +7,14 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+)
 from prometheus_client import generate_latest as prometheus_text
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
@@ -31,6 +38,7 @@ class Meters:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)  # processor time, memory, open files
         self._requests = Counter(
             "prm_requests", "Requests answered", ["route", "status"], registry=self._registry
         )

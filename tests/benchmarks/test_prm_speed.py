@@ -88,3 +88,34 @@ def test_lost_swapped_and_wrong_answers_are_found(runs):
         serving.check(rows, values, good[::-1])
     with pytest.raises(InputError, match="scored differently, by 0.1"):
         serving.check(rows, [[0.1, 0.2, 0.4], values[1]], good)
+
+
+def test_our_side_of_the_training_has_the_loss_that_transformers_computes(base, tmp_path):
+    import torch
+    from transformers import AutoModelForTokenClassification
+
+    from benchmarks.peer_training import _token_labels, ours
+    from prm.heads import HEADS
+    from prm.model import new_model, open_tokenizer
+
+    folder = tmp_path / "base"
+    new_model(base, HEADS["binary"], base_rate=0.7, seed=0).save_pretrained(folder)
+    open_tokenizer(base).save_pretrained(folder)
+    rows = [
+        {"input_ids": list(range(5, 5 + size)), "positions": [1, size - 1], "labels": [1.0, 0.0]}
+        for size in (9, 4, 6, 3)
+    ]
+    job = {"model": str(folder), "rows": rows, "rows_per_step": 2, "batch_tokens": 9}
+    first, second = ours(job | {"learning_rate": 1e-3})
+    model = AutoModelForTokenClassification.from_pretrained(folder, dtype=torch.float32)
+    ids, mask, labels = (torch.zeros(2, 9, dtype=torch.long) for _ in range(3))
+    labels -= 100
+    for i, row in enumerate(rows[:2]):
+        size = len(row["input_ids"])
+        ids[i, :size] = torch.tensor(row["input_ids"])
+        mask[i, :size] = 1
+        labels[i, :size] = torch.tensor(_token_labels(row))
+    expected = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    assert first["loss"] == pytest.approx(expected.item(), abs=1e-5)
+    assert second["loss"] != pytest.approx(first["loss"], abs=1e-4)  # it has learned something
+    assert first["cpu_seconds"] > 0
