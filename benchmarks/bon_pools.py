@@ -134,9 +134,10 @@ def _accuracies(
         )
         return asdict(found)
 
+    majority = [by_vote(p.answers, p.correct) for p in pools]
     table: dict[str, JsonValue] = {
         "random": measure([at_random(p.correct) for p in pools]),
-        "majority": measure([by_vote(p.answers, p.correct) for p in pools]),
+        "majority": measure(majority),
         "oracle": measure([oracle(p.correct) for p in pools]),
         "fewest steps": measure([by_score([-len(s) for s in p.steps], p.correct) for p in pools]),
     }
@@ -147,8 +148,12 @@ def _accuracies(
         for name, aggregation in AGGREGATIONS.items():
             values = [[aggregation(scores) for scores in own] for own in steps]
             pairs = list(zip(values, pools, strict=True))
+            best = [by_score(v, p.correct) for v, p in pairs]
             entry[name] = {
-                "best": measure([by_score(v, p.correct) for v, p in pairs]),
+                "best": measure(best),
+                "best_minus_majority": measure(
+                    [b - m for b, m in zip(best, majority, strict=True)]
+                ),
                 "weighted_vote": measure([by_vote(p.answers, p.correct, v) for v, p in pairs]),
                 "best_by_size": {
                     str(size): sum(by_score_of(v, p.correct, size) for v, p in pairs) / len(pools)
@@ -169,19 +174,19 @@ def _print(name: str, entry: JsonValue) -> None:
     console.print(f"{name}: {entry['problems']} problems, {entry['candidates']} candidates")
     console.print_json(data={k: entry[k] for k in ("checks", "answers_judged_anew")})
     table = Table(title=f"{name}: accuracy of the chosen candidate")
-    for column in ("chooser", "aggregation", "best score", "weighted vote", "lowest is last"):
+    for column in ("chooser", "aggregation", "best score", "minus majority", "weighted vote"):
         table.add_column(column)
     for chooser, row in accuracy.items():
         assert isinstance(row, dict)
         if "value" in row:
             table.add_row(chooser, "", show(row), "", "")
             continue
+        console.print(f"{chooser}: the last step is the lowest in {row['lowest_is_last']:.3f}")
         for number, aggregation in enumerate(AGGREGATIONS):
             cell = row[aggregation]
             assert isinstance(cell, dict)
-            share = "" if number else f"{row['lowest_is_last']:.3f}"
-            name = "" if number else chooser
-            table.add_row(name, aggregation, show(cell["best"]), show(cell["weighted_vote"]), share)
+            shown = [show(cell[n]) for n in ("best", "best_minus_majority", "weighted_vote")]
+            table.add_row("" if number else chooser, aggregation, *shown)
     console.print(table)
 
 

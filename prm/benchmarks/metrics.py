@@ -130,8 +130,7 @@ def processbench_f1(sums_RM: Array) -> Array:
 
     References
     ----------
-    Zheng et al., ProcessBench, arXiv:2412.06559, section 3; QwenLM/ProcessBench,
-    ``code/run_eval.py``.
+    Zheng et al., ProcessBench, arXiv:2412.06559; QwenLM/ProcessBench, ``code/run_eval.py``.
 
     Examples
     --------
@@ -179,8 +178,8 @@ def prm_score(sums_RM: Array) -> Array:
 
     Notes
     -----
-    ``0.5 F1 + 0.5 F1_neg`` over all steps of all solutions (Song et al., arXiv:2501.03124,
-    section 4; ssmisya/PRMBench, ``mr_eval/tasks/prmtest_classified/task.py``). The class
+    ``0.5 F1 + 0.5 F1_neg`` over all steps of all solutions (Song et al., arXiv:2501.03124;
+    ssmisya/PRMBench, ``mr_eval/tasks/prmtest_classified/task.py``). The class
     ``multi_solutions`` holds no wrong step; alone, its figure is `right_f1`.
 
     Examples
@@ -194,7 +193,7 @@ def prm_score(sums_RM: Array) -> Array:
 def last_is_lowest(scores: Sequence[float]) -> bool:
     """Tell whether the lowest score stands at the last step only.
 
-    A step model that often has it there judges outcomes (arXiv:2501.07301, section 5).
+    A step model that often has it there judges outcomes (arXiv:2501.07301).
 
     Examples
     --------

@@ -304,7 +304,8 @@ def _print(report: Mapping[str, JsonValue], out: Path) -> None:
         for name, value in choices.items():
             table.add_row(name, _show(value))
     console.print(table)
-    console.print(", ".join(f"{k.replace('_', ' ')} {v}" for k, v in counts.items()))
+    facts = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items())
+    console.print(facts, soft_wrap=True)
     console.print(f"{out / 'metrics.json'}, {out / 'reliability.png'}", soft_wrap=True)
 
 

@@ -26,7 +26,8 @@ THRESHOLD = 0.5
 """Scores below it call a step wrong."""
 
 TUNING_SUBSET = "gsm8k"
-"""ProcessBench's subset on which the other threshold is chosen (arXiv:2412.06559, section 4.1)."""
+"""ProcessBench's subset on which the other threshold is chosen, for scores whose 0.5 has no meaning
+of its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -74,6 +74,8 @@ def test_every_aggregation_chooses_what_it_should(pools, tmp_path):
     # a: last 0.95 wrong; min 0.7 wrong; mean 0.75 right; geomean 0.735 right.
     # b: last 0.9 right; min 0.5 wrong; mean 0.65 right; geomean 0.6 right.
     assert best == {"last": 0.5, "min": 0.0, "mean": 1.0, "geomean": 1.0}
+    # Majority (below) is wrong on a and right on b.
+    assert prm["mean"]["best_minus_majority"]["value"] == 0.5
     # product: a 0.7 wrong (one step), b 0.36 right.
     assert prm["product"]["best"]["value"] == 0.5
     # Majority: a 8 (wrong), b 5 = 5.0 (right). Weighted by last: a 8 has 1.65, b 5 has 1.4.
