@@ -18,7 +18,6 @@ import torch
 from accelerate import Accelerator, DistributedType
 from rich.console import Console
 from scipy.special import logit
-from sklearn.model_selection import GroupShuffleSplit
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -27,7 +26,6 @@ from prm.card import PublishConfig, push
 from prm.checkpoint import (
     Metadata,
     Provenance,
-    TaskSplit,
     is_checkpoint,
     load_metadata,
     save_checkpoint,
@@ -51,6 +49,7 @@ from prm.packing import check_packing
 from prm.predict import predict
 from prm.recipe import RecipeConfig
 from prm.schedule import default_learning_rate, default_step_tokens
+from prm.split import Split, split_by_task
 from prm.training_data import PublicData, load_rows, shuffle_labels, why_unusable
 from trajectory.errors import InputError
 from trajectory.records import LabelledTrajectory
@@ -124,25 +123,6 @@ class TrainConfig:
     def source(self) -> str:
         """Where the rows come from, as it was given."""
         return str(self.labels) if self.public.data is None else self.public.data
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Split:
-    """Examples on both sides of the split by task, and what was left out."""
-
-    train: list[Example]
-    held_out: list[Example]
-    dropped_long: int
-    """Trajectories longer than the limit."""
-    dropped_unlabelled: int
-    """Trajectories without a single usable target."""
-
-    def tasks(self) -> TaskSplit:
-        """Name the tasks on both sides."""
-        return TaskSplit(
-            train=tuple(sorted({e.task_id for e in self.train})),
-            validation=tuple(sorted({e.task_id for e in self.held_out})),
-        )
 
 
 def train(config: TrainConfig) -> Path:
@@ -273,26 +253,15 @@ def prepare(
         )
     if config.public.shuffle_labels:
         usable = shuffle_labels(usable, seed=config.seed)
-    tasks = [e.task_id for e in usable]
-    if len(set(tasks)) < 2:
-        raise InputError(
-            f"{config.source} holds one task only: a PRM needs at least 2, to hold one out"
-        )
-    splitter = GroupShuffleSplit(
-        n_splits=1, test_size=_held_out_tasks(config, len(set(tasks))), random_state=config.seed
+    train, held_out = split_by_task(
+        usable, share=config.held_out, seed=config.seed, source=config.source
     )
-    train_indices, held_out_indices = next(splitter.split(tasks, groups=tasks))
     return Split(
-        train=[usable[i] for i in train_indices],
-        held_out=[usable[i] for i in held_out_indices],
+        train=train,
+        held_out=held_out,
         dropped_long=dropped_long,
         dropped_unlabelled=len(short) - len(usable),
     )
-
-
-def _held_out_tasks(config: TrainConfig, num_tasks: int) -> int:
-    """Count the tasks to hold out: at least one, and at least one stays."""
-    return min(num_tasks - 1, max(1, round(config.held_out * num_tasks)))
 
 
 def _base_rate(examples: Sequence[Example], head: Head) -> float:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from prm.card import PublishConfig
 from prm.checkpoint import load_metadata
 from prm.recipe import RecipeConfig
 from prm.train import STATE, train
@@ -24,6 +25,7 @@ from pathlib import Path
 import accelerate
 import prm.train
 from prm import fit
+from prm.card import PublishConfig
 from prm.recipe import RecipeConfig
 from tests.prm.synthetic import small_config
 
@@ -58,8 +60,8 @@ def save(self, *, better):
 fit.Fitter._save = save
 prm.train.train(
     small_config(
-        base, labels, out, epochs=2, patience=0, batch_tokens=300, track="jsonl",
-        recipe=RecipeConfig(head_first=1),
+        base, labels, out, epochs=2, patience=0, batch_tokens=300,
+        publish=PublishConfig(track="jsonl"), recipe=RecipeConfig(head_first=1),
     )
 )
 """
@@ -113,7 +115,7 @@ def single(base, labels, tmp_path_factory):
             epochs=2,
             patience=0,
             batch_tokens=300,
-            track="jsonl",
+            publish=PublishConfig(track="jsonl"),
             recipe=recipe,
         )
     )
