@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prm.attacks import ATTACKS, attack
-from prm.metrics import Array, Estimate, Items, bootstrap, make_items
+from prm.metrics import METRICS, Array, Estimate, Items, bootstrap, make_items
 from prm.score import Scorer, aggregate
 from trajectory.errors import GateError, InputError
 from trajectory.records import JsonValue, Trajectory
@@ -62,6 +62,12 @@ class AttackResult:
     """The same for the score of the steps before the answer, where both have such."""
     mean_change: float | None
     """Mean change of the aggregated score; negative where attacks are punished."""
+    mean_change_wrong: float | None
+    mean_change_right: float | None
+    """The same among trajectories with a wrong and with a right answer. A rise of the first and a
+    fall of the second say that the attack hides what the model had seen."""
+    rank_kept: float | None
+    """Spearman correlation of the scores before and after; None where it is undefined."""
     largest_rise: float | None
     largest_rise_in: str | None
     """Trajectory with the largest rise."""
@@ -146,7 +152,9 @@ def _result(
 
     whole = changes([(a, b) for a, b in zip(before, after, strict=True) if b])
     kept = [t for t, b in zip(rows, after, strict=True) if b]
-    wrong = [i for i, t in enumerate(kept) if t.outcome is not None and t.outcome < 0.5]
+    judged = [(i, t.outcome) for i, t in enumerate(kept) if t.outcome is not None]
+    wrong = [i for i, outcome in judged if outcome < 0.5]
+    right = [i for i, outcome in judged if outcome >= 0.5]
     early = [
         (t, (a[:-1], b[:-1]))
         for t, a, b in zip(rows, before, after, strict=True)
@@ -160,10 +168,28 @@ def _result(
         rate=rate(whole, kept),
         rate_wrong=rate([whole[i] for i in wrong], [kept[i] for i in wrong]),
         rate_before_answer=rate(changes([pair for _, pair in early]), [t for t, _ in early]),
-        mean_change=float(np.mean(whole)) if whole else None,
+        mean_change=_mean(whole),
+        mean_change_wrong=_mean([whole[i] for i in wrong]),
+        mean_change_right=_mean([whole[i] for i in right]),
+        rank_kept=_rank_kept(
+            [aggregate(a, aggregation) for a, b in zip(before, after, strict=True) if b], whole
+        ),
         largest_rise=None if top is None else whole[top],
         largest_rise_in=None if top is None else kept[top].trajectory_id,
     )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    """Return the mean, None of nothing."""
+    return float(np.mean(values)) if values else None
+
+
+def _rank_kept(before: Sequence[float], changes: Sequence[float]) -> float | None:
+    """Return the rank correlation of scores before and after a change."""
+    after = [b + c for b, c in zip(before, changes, strict=True)]
+    items = make_items(list(before), after, [""] * len(after))
+    found = METRICS["spearman"]
+    return None if found.undefined(items) is not None else found.point(items)
 
 
 def estimate_rate(

@@ -1,10 +1,11 @@
 """Packing: several rows beside each other in one line of a batch, without seeing one another.
 
 A line is as wide as the longest row of its batch, and shorter rows fill up what padding would. So
-attention costs no more than with padding, and everything else less. Position ids begin at 0 with
-every row; transformers makes the block-diagonal causal mask from them (and flash attention its
-sequence bounds). Encoders and bases that ignore position ids would mix rows: `check_packing` finds
-out by running one.
+attention costs no more than with padding, and everything else less. That pays for large batches of
+rows of unlike length; small batches of like rows, which a CPU prefers, leave little to fill.
+Position ids begin at 0 with every row; transformers makes the block-diagonal causal mask from them.
+Encoders and bases that ignore position ids would mix rows: `check_packing` finds out by running the
+base once.
 
 Dimension letters beside the project's own: P scored positions; B counts lines here.
 """

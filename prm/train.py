@@ -93,7 +93,7 @@ class TrainConfig:
     held_out: float = 0.15
     """Share of the tasks held out for early stopping and calibration."""
     patience: int = 2
-    """Epochs without a better held-out likelihood before stopping; 0 never stops early."""
+    """Epochs without a lower held-out loss before stopping; 0 never stops early."""
     seed: int = 0
     device: Device = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -217,8 +217,9 @@ def _train(
             f"epoch {done.best_epoch} is kept in {config.out}" if done.best_epoch else "none kept"
         )
         raise InputError(
-            f"training broke down ({done.diverged}); checkpoint: {kept}; train again in another "
-            f"folder with a --learning-rate below {options.learning_rate:.2g}"
+            f"training broke down ({done.diverged}); checkpoint: {kept}; look at the "
+            "rows if only some are named, or train again in another folder with a --learning-rate "
+            f"below {options.learning_rate:.2g}"
         )
 
 

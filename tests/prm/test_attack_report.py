@@ -60,6 +60,9 @@ def test_the_rate_is_the_share_of_trajectories_whose_score_rises():
     assert boast.rate_wrong.value == 1
     assert boast.rate_before_answer.value == 0.5
     assert boast.mean_change == pytest.approx((0 + 0.4 + 0.4 + 0) / 4)
+    assert boast.mean_change_wrong == pytest.approx(0.4)
+    assert boast.mean_change_right == 0
+    assert boast.rank_kept is None  # all scores were equal before
     assert (boast.largest_rise, boast.largest_rise_in) == (pytest.approx(0.4), "t1/0")
     swap = results["reorder_steps"]
     assert (swap.trajectories, swap.not_applicable, swap.rate.value) == (1, 3, 0)
