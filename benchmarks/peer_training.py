@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from prm.data import Example, collate, group_by_length
-from prm.heads import HEADS
+from prm.heads import get_head
 from prm.model import open_tokenizer, quiet_transformers
 
 Job = dict[str, Any]
@@ -43,7 +43,7 @@ def ours(job: Job) -> list[dict[str, float]]:
         bfloat16=False,
         pad_id=pad_id,
     )
-    head = HEADS["binary"]
+    head = get_head("binary")
     accelerator = Accelerator(cpu=True)
     with tempfile.TemporaryDirectory() as state:
         fitter = Fitter(

@@ -26,7 +26,7 @@ from benchmarks.tool_episodes import read_episodes
 from prm.calibrate import Calibration
 from prm.checkpoint import Checkpoint, Metadata, Provenance, vocabulary_of
 from prm.data import render
-from prm.heads import HEADS
+from prm.heads import get_head
 from prm.incremental import EpisodeScorer
 from prm.model import new_model, open_tokenizer, quiet_transformers
 from prm.score import Scorer
@@ -93,7 +93,7 @@ def compare(config: PeersConfig) -> Report:
 
 def untrained_scorer(model: str) -> Scorer:
     """Make a scorer whose head is random: speed does not depend on what was learned."""
-    head, tokenizer = HEADS["value"], open_tokenizer(model)
+    head, tokenizer = get_head("value"), open_tokenizer(model)
     network = new_model(model, head, base_rate=0.5, seed=0)
     network.train(False)
     nothing = Provenance(labels="none", parents={}, estimators=(), completers=())
@@ -192,7 +192,7 @@ def compare_training(config: PeersConfig) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
         with quiet_transformers():
-            new_model(config.model, HEADS["binary"], base_rate=0.5, seed=0).save_pretrained(base)
+            new_model(config.model, get_head("binary"), base_rate=0.5, seed=0).save_pretrained(base)
             tokenizer.save_pretrained(base)
         job = {
             "model": str(base),

@@ -82,6 +82,8 @@ class EvaluateConfig:
             raise InputError(
                 "give exactly one of --labels (a folder of `prm label`) and --benchmark with --data"
             )
+        if self.attack.attacks and self.public.benchmark is not None:
+            raise InputError("--attacks is for --labels: leave it out with --benchmark")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

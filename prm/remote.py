@@ -21,7 +21,7 @@ import urllib3
 
 from prm.checkpoint import METADATA, load_metadata, vocabulary_of
 from prm.data import render
-from prm.heads import HEADS
+from prm.heads import get_head
 from prm.metrics import Array
 from prm.model import open_tokenizer
 from prm.score import make_scores
@@ -275,5 +275,5 @@ class _Vllm:
     def _margins(self, logits: Sequence[Sequence[float]], positions: Sequence[int]) -> Array:
         """Pick the log-odds of the scored positions out of the logits of all tokens."""
         logits_PC = torch.tensor([logits[p] for p in positions])
-        margins_P: Array = np.asarray(HEADS[self._metadata.head].margin(logits_PC).double())
+        margins_P: Array = np.asarray(get_head(self._metadata.head).margin(logits_PC).double())
         return margins_P

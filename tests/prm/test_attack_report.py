@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from prm.attack_report import AttackConfig, attack_held_out, check_gate, estimate_rate
 from prm.attacks import ATTACKS, BOAST
+from prm.benchmarks.run import PublicBenchmark
 from prm.evaluate import EvaluateConfig, evaluate
 from prm.score import Scorer
 from tests.prm.synthetic import make_rows, make_trajectory, write_label_folder
@@ -150,3 +151,12 @@ def test_attacks_on_a_real_model_do_not_depend_on_the_company(prm_folder):
     together = attack_held_out(ROWS, scorer, ON)["boast"].mean_change
     assert alone == changes[0]
     assert together == pytest.approx(sum(changes) / 4, abs=1e-5)
+
+
+def test_attacks_are_not_passed_over_with_a_public_benchmark(tmp_path):
+    with pytest.raises(InputError, match="--attacks is for --labels"):
+        EvaluateConfig(
+            prm=tmp_path,
+            public=PublicBenchmark(benchmark="processbench", data=tmp_path),
+            attack=AttackConfig(attacks=True),
+        )
