@@ -78,7 +78,7 @@ class PeersConfig:
 
 def compare(config: PeersConfig) -> Report:
     """Measure, print and write the report."""
-    facts = {**machine_facts(), "model": config.model}
+    facts = {**machine_facts(), "model": Path(config.model).name}
     report: Report = {"machine": facts}
     if config.episodes:
         report["scoring"] = compare_scoring(config)

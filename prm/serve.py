@@ -277,7 +277,6 @@ def describe(scorer: Scorer) -> dict[str, JsonValue]:
         "status": "ok",
         "server": "prm serve",
         "checkpoint": scorer.checkpoint_hash,
-        "base_model": metadata.base_model,
         "head": metadata.head,
         "kind": metadata.kind,
         "position": metadata.position,
