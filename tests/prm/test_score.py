@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prm.checkpoint import load_checkpoint
+from prm.heads import HEADS
 from prm.model import pick_device
 from prm.score import AGGREGATIONS, ScoreConfig, Scorer, aggregate, score
 from tests.prm.synthetic import make_trajectory
@@ -69,13 +70,19 @@ def test_a_trajectory_longer_than_the_model_is_refused(scorer):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("last", 0.4), ("min", 0.1), ("mean", 0.5), ("geomean", (0.1 * 1.0 * 0.4) ** (1 / 3))],
+    [
+        ("last", 0.4),
+        ("min", 0.1),
+        ("mean", 0.5),
+        ("geomean", (0.1 * 1.0 * 0.4) ** (1 / 3)),
+        ("product", 0.1 * 1.0 * 0.4),
+    ],
 )
 def test_aggregations_of_hand_computed_scores(name, expected):
     assert aggregate([0.1, 1.0, 0.4], name) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("name", sorted(AGGREGATIONS))
+@pytest.mark.parametrize("name", sorted(AGGREGATIONS.keys() - {"product"}))
 @given(values=st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_aggregations_stay_between_the_lowest_and_the_highest(name, values):
     found = aggregate(values, name)
@@ -83,9 +90,20 @@ def test_aggregations_stay_between_the_lowest_and_the_highest(name, values):
     assert aggregate([values[0]] * 3, name) == pytest.approx(values[0], abs=1e-9)
 
 
+@given(values=st.lists(st.floats(0, 1), min_size=1, max_size=20), further=st.floats(0, 1))
+def test_a_product_never_rises_with_a_further_step_which_is_its_bias(values, further):
+    assert aggregate([*values, further], "product") <= aggregate(values, "product")
+    assert aggregate(values, "product") <= min(values)
+
+
+def test_the_default_aggregation_follows_from_the_kind():
+    assert {h.aggregation for h in HEADS.values() if h.kind == "value"} == {"last"}
+    assert {h.aggregation for h in HEADS.values() if h.kind == "correctness"} == {"min"}
+
+
 def test_an_unknown_aggregation_is_refused():
-    with pytest.raises(InputError, match="'product'; aggregations: last, min, mean, geomean"):
-        aggregate([0.5], "product")
+    with pytest.raises(InputError, match="'sum'; aggregations: last, min, mean, geomean, product"):
+        aggregate([0.5], "sum")
 
 
 def config_of(prm_folder, tmp_path, **changes):
