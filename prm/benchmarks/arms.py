@@ -4,7 +4,7 @@ An *arm* gives one score in [0, 1] per step 1..S of every trajectory. Beside the
 
 - ``position + length``: a logistic regression on step number and characters so far;
 - ``execution ok``: one on whether this step's calls ran and the share that ran so far, where
-  there are observations;
+  any call is known to have failed;
 - ``shuffled labels``: a reward model trained on labels dealt out at random, where one is given.
 
 Both regressions are fitted to the benchmark's own step labels, each problem from the others, so
@@ -72,8 +72,9 @@ def position_arm(cases: Sequence[Case]) -> list[StepScores]:
 
 
 def execution_arm(cases: Sequence[Case]) -> list[StepScores] | None:
-    """Score steps from whether calls ran; None where no step has an observation."""
-    if not any(step.observations for case in cases for step in case.trajectory.steps):
+    """Score steps from whether calls ran; None where no call failed, or the data do not say."""
+    steps = (step for case in cases for step in case.trajectory.steps)
+    if not any(o.error for step in steps for o in step.observations):
         return None
 
     def features(case: Case) -> Array:

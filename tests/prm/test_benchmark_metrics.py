@@ -250,6 +250,7 @@ def test_the_execution_arm_learns_from_failed_calls_and_needs_observations():
     assert arm is not None
     assert min(arm[0]) > 0.8 > 0.2 > max(arm[1])
     assert execution_arm([solution(0, 2)]) is None
+    assert execution_arm(cases[::2]) is None, "no call failed: nothing to go by"
 
 
 def test_the_position_arm_knows_only_position_and_length():

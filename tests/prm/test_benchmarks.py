@@ -86,7 +86,7 @@ def test_problems_that_were_trained_on_are_left_out_whatever_the_format(step_prm
     assert not (tmp_path / "out2").exists()
 
 
-def test_agentprocessbench_reads_messages_and_reports_the_execution_arm(step_prm, tmp_path):
+def test_agentprocessbench_reads_messages_which_do_not_say_whether_calls_ran(step_prm, tmp_path):
     rows = []
     for n in range(6):
         word = "right" if n % 2 else "wrong"
@@ -109,7 +109,7 @@ def test_agentprocessbench_reads_messages_and_reports_the_execution_arm(step_prm
         )
     data = write(tmp_path / "a.jsonl", rows)
     report = evaluate(config(step_prm, "agentprocessbench", data, tmp_path / "out"))
-    assert set(report["arms"]) == {"PRM", "position + length", "execution ok"}
+    assert set(report["arms"]) == {"PRM", "position + length"}
     figures = report["arms"]["PRM"]
     assert figures["step_accuracy"]["value"] <= 0.5, "neutral steps cannot be met"
     assert report["labelled_steps"] == 6
