@@ -213,10 +213,18 @@ def describe_calibration(calibration: Calibration) -> str:
     """Say in a sentence how scores are calibrated and what that changed."""
     if not calibration.fitted:
         return f"Scores are not calibrated ({calibration.reason or 'no reason is recorded'})."
+    fitted = (
+        f"Scores are calibrated ({calibration.method}) on {calibration.positions} held-out "
+        f"positions: expected calibration error {calibration.ece_before:.4f} before, "
+    )
+    if calibration.ece_cross_fitted is not None:
+        return (
+            f"{fitted}{calibration.ece_cross_fitted:.4f} after (each task by a map fitted on "
+            "other tasks)."
+        )
     return (
-        f"Scores are calibrated on {calibration.positions} held-out positions: expected "
-        f"calibration error {calibration.ece_before:.4f} before, {calibration.ece_after:.4f} after "
-        "(on the same positions, so the second figure flatters)."
+        f"{fitted}{calibration.ece_after:.4f} after (on the same positions, so the second figure "
+        "flatters)."
     )
 
 
