@@ -56,7 +56,7 @@ def load_rows(labels: Path | None, public: PublicData) -> TrainingRows:
         If they are unusable; names file and line.
     """
     if labels is not None:
-        path = labels / "labels.parquet"
+        path = Path(labels) / "labels.parquet"
         return TrainingRows(rows=read_labels(path), source=str(labels), path=path)
     assert public.data is not None
     rows = read_labelled(public.data, neutral=public.neutral)
