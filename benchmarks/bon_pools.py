@@ -33,6 +33,7 @@ from prm.benchmarks.selection import (
     by_vote,
     oracle,
 )
+from prm.metrics import show_estimate
 from prm.score import AGGREGATIONS
 from trajectory.atomic import atomic_path
 from trajectory.errors import InputError
@@ -179,22 +180,14 @@ def _print(name: str, entry: JsonValue) -> None:
     for chooser, row in accuracy.items():
         assert isinstance(row, dict)
         if "value" in row:
-            table.add_row(chooser, "", show(row), "", "")
+            table.add_row(chooser, "", show_estimate(row), "", "")
             continue
         console.print(f"{chooser}: the last step is the lowest in {row['lowest_is_last']:.3f}")
         for number, aggregation in enumerate(AGGREGATIONS):
             cell = row[aggregation]
             assert isinstance(cell, dict)
-            shown = [show(cell[n]) for n in ("best", "best_minus_majority", "weighted_vote")]
+            shown = [
+                show_estimate(cell[n]) for n in ("best", "best_minus_majority", "weighted_vote")
+            ]
             table.add_row("" if number else chooser, aggregation, *shown)
     console.print(table)
-
-
-def show(value: JsonValue) -> str:
-    """Render an estimate."""
-    assert isinstance(value, dict)
-    if value["value"] is None:
-        return f"- ({value['reason']})"
-    if value["low"] is None:
-        return f"{value['value']:.3f}"
-    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 from trajectory.errors import InputError
-from trajectory.records import Observation, Step, StopReason, Task, ToolCall, Trajectory
+from trajectory.records import Trajectory
+from trajectory.step_formats import intercode
 
 
 def read_episodes(
@@ -37,37 +35,11 @@ def read_episodes(
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist: give InterCode's sql_runs.jsonl.gz with --runs")
-    rows = [r for r in _rows(path) if turns is None or len(r["turns"]) == turns]
-    fitting = [e for e in map(_episode, rows) if _length(e) <= max_chars]
+    episodes = (row.trajectory for row in intercode.read(path))
+    fitting = [e for e in episodes if turns in (None, e.num_steps) and _length(e) <= max_chars]
     if len(fitting) < count:
         raise InputError(f"{path} holds {len(fitting)} such episodes, {count} are asked for")
     return random.Random(seed).sample(fitting, count)  # noqa: S311 - not security
-
-
-def _rows(path: Path) -> Iterator[dict]:  # type: ignore[type-arg]
-    """Read the lines of the file."""
-    with gzip.open(path, "rt") as file:
-        yield from map(json.loads, file)
-
-
-def _episode(row: dict) -> Trajectory:  # type: ignore[type-arg]
-    """Make a trajectory of a run."""
-    steps = [
-        Step(
-            text=str(turn["action"]),
-            calls=(ToolCall(name="sql", arguments="{}"),),
-            observations=(Observation(content=str(turn["observation"])),),
-        )
-        for turn in row["turns"]
-    ]
-    reward = float(row["turns"][-1]["reward"] or 0.0) if row["turns"] else 0.0
-    return Trajectory(
-        trajectory_id=f"{row['model']}/{row['run']}",
-        task=Task(task_id=str(row["task_id"]), domain="sql", prompt=row["query"], answer=""),
-        steps=tuple(steps),
-        stop=StopReason.ANSWERED,
-        outcome=float(reward == 1.0),
-    )
 
 
 def _length(episode: Trajectory) -> int:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prm.attacks import ATTACKS, attack
-from prm.metrics import METRICS, Array, Estimate, Items, bootstrap, make_items
+from prm.metrics import METRICS, Array, Estimate, Items, bootstrap, make_items, show_estimate
 from prm.score import Scorer, aggregate
 from trajectory.errors import GateError, InputError
 from trajectory.records import JsonValue, Trajectory
@@ -248,17 +248,10 @@ def print_attacks(results: dict[str, AttackResult], config: AttackConfig) -> Non
     for name, result in results.items():
         change = "-" if result.mean_change is None else f"{result.mean_change:+.3f}"
         rates = (result.rate, result.rate_wrong, result.rate_before_answer)
-        table.add_row(name, str(result.trajectories), *map(_shown, rates), change)
+        table.add_row(
+            name, str(result.trajectories), *(show_estimate(asdict(r)) for r in rates), change
+        )
     Console().print(table)
-
-
-def _shown(rate: Estimate) -> str:
-    """Render a rate."""
-    if rate.value is None:
-        return f"- ({rate.reason})"
-    if rate.low is None:
-        return f"{rate.value:.3f}"
-    return f"{rate.value:.3f} [{rate.low:.3f}, {rate.high:.3f}]"
 
 
 def check_gate(results: dict[str, AttackResult], max_attack_rate: float | None) -> None:

@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from prm.calibrate import Calibration
 from prm.checkpoint import Metadata, load_metadata
+from prm.metrics import show_estimate
 from trajectory.atomic import atomic_path
 from trajectory.errors import InputError
 
@@ -188,25 +189,6 @@ def _attack_rows(attacks: Mapping[str, Any]) -> list[dict[str, Any]]:
         }
         for name, found in attacks.get("by_attack", {}).items()
     ]
-
-
-def show_estimate(estimate: Mapping[str, Any] | None) -> str:
-    """Write an estimate with its interval.
-
-    Examples
-    --------
-    >>> show_estimate({"value": 0.8871, "low": 0.848, "high": 0.925, "reason": None})
-    '0.887 [0.848, 0.925]'
-    >>> show_estimate({"value": None, "low": None, "high": None, "reason": "one class only"})
-    'not defined (one class only)'
-    """
-    if estimate is None:
-        return "-"
-    if estimate["value"] is None:
-        return f"not defined ({estimate['reason']})"
-    if estimate["low"] is None:
-        return f"{estimate['value']:.3f}"
-    return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
 
 
 def describe_calibration(calibration: Calibration) -> str:

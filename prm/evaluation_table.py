@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from prm.metrics import show_estimate
 from trajectory.records import JsonValue
 
 
@@ -26,21 +27,15 @@ def print_report(report: Mapping[str, JsonValue], out: Path) -> None:
         label = f"{name.replace('_', ' ')} ({section['items']})"
         for number, metric in enumerate(prm):
             shown = "" if number else label
-            table.add_row(shown, metric, show(prm[metric]), show(baseline[metric]))
+            table.add_row(
+                shown, metric, show_estimate(prm[metric]), show_estimate(baseline[metric])
+            )
         table.add_section()
     exact = report.get("spearman_exact")
     if isinstance(exact, dict):
-        table.add_row(f"exact states ({exact['states']})", "spearman_exact", show(exact), "")
+        table.add_row(
+            f"exact states ({exact['states']})", "spearman_exact", show_estimate(exact), ""
+        )
     console = Console()
     console.print(table)
     console.print(f"{out / 'metrics.json'}, {out / 'reliability.png'}", soft_wrap=True)
-
-
-def show(value: JsonValue) -> str:
-    """Render an estimate that went through JSON."""
-    assert isinstance(value, dict)
-    if value["value"] is None:
-        return f"- ({value['reason']})"
-    if value["low"] is None:
-        return f"{value['value']:.3f}"
-    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"

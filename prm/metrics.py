@@ -11,7 +11,7 @@ Names: ``auroc`` and ``average_precision`` and ``spearman`` are better high; ``b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +36,25 @@ class Estimate:
     """95 % percentile bootstrap interval over tasks."""
     reason: str | None = None
     """Why ``value`` (or the interval) is None."""
+
+
+def show_estimate(estimate: object) -> str:
+    """Write an estimate that went through JSON, with its interval; ``-`` where there is none.
+
+    Examples
+    --------
+    >>> show_estimate({"value": 0.8871, "low": 0.848, "high": 0.925, "reason": None})
+    '0.887 [0.848, 0.925]'
+    >>> show_estimate({"value": None, "low": None, "high": None, "reason": "one class only"})
+    '- (one class only)'
+    """
+    if not isinstance(estimate, Mapping):
+        return "-"
+    if estimate["value"] is None:
+        return f"- ({estimate['reason']})"
+    if estimate["low"] is None:
+        return f"{estimate['value']:.3f}"
+    return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

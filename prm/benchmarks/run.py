@@ -33,7 +33,7 @@ from prm.benchmarks.arms import (
 from prm.benchmarks.pools import read_pools
 from prm.benchmarks.steps import Bootstrap
 from prm.checkpoint import load_metadata, load_tasks
-from prm.metrics import Estimate
+from prm.metrics import Estimate, show_estimate
 from prm.model import Device
 from prm.reliability import draw_reliability
 from prm.score import Scorer
@@ -297,24 +297,13 @@ def _print(report: Mapping[str, JsonValue], out: Path) -> None:
     assert isinstance(first, dict)
     for figure in first:
         cells = [arm.get(figure) if isinstance(arm, dict) else None for arm in arms.values()]
-        table.add_row(figure.replace("_", " "), *(_show(cell) for cell in cells))
+        table.add_row(figure.replace("_", " "), *(show_estimate(cell) for cell in cells))
     choices = report.get("choices")
     if isinstance(choices, dict):
         table.add_section()
         for name, value in choices.items():
-            table.add_row(name, _show(value))
+            table.add_row(name, show_estimate(value))
     console.print(table)
     facts = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items())
     console.print(facts, soft_wrap=True)
     console.print(f"{out / 'metrics.json'}, {out / 'reliability.png'}", soft_wrap=True)
-
-
-def _show(value: JsonValue) -> str:
-    """Render an estimate."""
-    if not isinstance(value, dict):
-        return ""
-    if value["value"] is None:
-        return f"- ({value['reason']})"
-    if value["low"] is None:
-        return f"{value['value']:.3f}"
-    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"

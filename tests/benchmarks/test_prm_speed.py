@@ -19,11 +19,16 @@ def runs(tmp_path_factory):
     with gzip.open(path, "wt") as file:
         for number in range(24):
             turns = [
-                {"action": f"SELECT {t}", "observation": "[(1,)]", "reward": float(number % 2)}
+                {
+                    "action": f"SELECT {t}",
+                    "observation": "[(1,)]",
+                    "reward": float(number % 2),
+                    "valid": True,
+                }
                 for t in range(6 if number % 2 else 2)
             ]
-            row = {"run": number, "model": "m", "task_id": number, "query": "How many?"}
-            file.write(json.dumps(row | {"turns": turns}) + "\n")
+            row = {"run": "ic_sql_m", "model": "m", "task_id": number, "query": "How many?"}
+            file.write(json.dumps(row | {"turns": turns, "summary": {}}) + "\n")
     return path
 
 
