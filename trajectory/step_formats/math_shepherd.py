@@ -99,27 +99,27 @@ def write(path: Path, rows: Iterable[LabelledTrajectory]) -> int:
     InputError
         If a step has no label, or a text holds the tag.
     """
+    return write_rows(path, map(_object, rows))
 
-    def objects() -> Iterator[dict[str, object]]:
-        for row in rows:
-            name, labels = row.trajectory.trajectory_id, row.labels.values[1:]
-            if None in labels:
-                raise InputError(f"{name}: step {labels.index(None)} has no label")
-            texts = [step_text(step) for step in row.trajectory.steps]
-            if any(TAG in text for text in (row.trajectory.task.prompt, *texts)):
-                raise InputError(f"{name}: its text holds the tag {TAG}: it cannot be written so")
-            numbered = [
-                text if re.match(rf"Step {n}\s*:", text) else f"Step {n}: {text}"
-                for n, text in enumerate(texts, start=1)
-            ]
-            marks = ["+" if (label or 0.0) >= 0.5 else "-" for label in labels]
-            prompt = row.trajectory.task.prompt
-            yield {
-                "input": prompt + " " + "\n".join(f"{text} {TAG}" for text in numbered),
-                "label": prompt
-                + " "
-                + "\n".join(f"{text} {m}" for text, m in zip(numbered, marks, strict=True)),
-                "task": row.trajectory.task.domain,
-            }
 
-    return write_rows(path, objects())
+def _object(row: LabelledTrajectory) -> dict[str, object]:
+    """Write one trajectory as a row."""
+    name, labels = row.trajectory.trajectory_id, row.labels.values[1:]
+    if None in labels:
+        raise InputError(f"{name}: step {labels.index(None)} has no label")
+    texts = [step_text(step) for step in row.trajectory.steps]
+    if any(TAG in text for text in (row.trajectory.task.prompt, *texts)):
+        raise InputError(f"{name}: its text holds the tag {TAG}: it cannot be written so")
+    numbered = [
+        text if re.match(rf"Step {n}\s*:", text) else f"Step {n}: {text}"
+        for n, text in enumerate(texts, start=1)
+    ]
+    marks = ["+" if (label or 0.0) >= 0.5 else "-" for label in labels]
+    prompt = row.trajectory.task.prompt
+    return {
+        "input": prompt + " " + "\n".join(f"{text} {TAG}" for text in numbered),
+        "label": prompt
+        + " "
+        + "\n".join(f"{text} {m}" for text, m in zip(numbered, marks, strict=True)),
+        "task": row.trajectory.task.domain,
+    }

@@ -98,21 +98,21 @@ def write(path: Path, rows: Iterable[LabelledTrajectory]) -> int:
     int
         Rows written.
     """
+    return write_rows(path, map(_object, rows))
 
-    def objects() -> Iterator[dict[str, object]]:
-        for row in rows:
-            obj: dict[str, object] = {
-                "id": row.trajectory.trajectory_id,
-                "task_id": row.trajectory.task.task_id,
-                "messages": to_messages(row.trajectory),
-                "outcome": row.trajectory.outcome,
-            }
-            if any(row.evidence.rollouts):
-                pairs = zip(row.evidence.rollouts, row.evidence.failed, strict=True)
-                obj["rollouts"] = [n - f for n, f in pairs]
-                obj["correct"] = list(row.evidence.correct)
-            else:
-                obj["labels"] = list(row.labels.values[1:])
-            yield obj
 
-    return write_rows(path, objects())
+def _object(row: LabelledTrajectory) -> dict[str, object]:
+    """Write one trajectory as a row."""
+    obj: dict[str, object] = {
+        "id": row.trajectory.trajectory_id,
+        "task_id": row.trajectory.task.task_id,
+        "messages": to_messages(row.trajectory),
+        "outcome": row.trajectory.outcome,
+    }
+    if any(row.evidence.rollouts):
+        pairs = zip(row.evidence.rollouts, row.evidence.failed, strict=True)
+        obj["rollouts"] = [n - f for n, f in pairs]
+        obj["correct"] = list(row.evidence.correct)
+    else:
+        obj["labels"] = list(row.labels.values[1:])
+    return obj

@@ -92,27 +92,27 @@ def write(path: Path, rows: Iterable[LabelledTrajectory]) -> int:
     InputError
         If a label is missing before the first wrong step: the index is then not known.
     """
+    return write_rows(path, map(_object, rows))
 
-    def objects() -> Iterator[dict[str, object]]:
-        for row in rows:
-            trajectory, labels = row.trajectory, row.labels.values[1:]
-            wrong = [n for n, label in enumerate(labels) if label is not None and label < 0.5]
-            first = wrong[0] if wrong else -1
-            checked = labels[:first] if wrong else labels
-            if None in checked:
-                raise InputError(
-                    f"{trajectory.trajectory_id}: step {checked.index(None)} has no label, so the "
-                    "first wrong step is not known"
-                )
-            known = trajectory.meta.get("final_answer_correct")
-            verdict = known if isinstance(known, bool) else (trajectory.outcome or 0.0) >= 0.5
-            yield {
-                "id": trajectory.trajectory_id,
-                "generator": trajectory.policy,
-                "problem": trajectory.task.prompt,
-                "steps": [step_text(step) for step in trajectory.steps],
-                "final_answer_correct": verdict,
-                "label": first,
-            }
 
-    return write_rows(path, objects())
+def _object(row: LabelledTrajectory) -> dict[str, object]:
+    """Write one trajectory as a row."""
+    trajectory, labels = row.trajectory, row.labels.values[1:]
+    wrong = [n for n, label in enumerate(labels) if label is not None and label < 0.5]
+    first = wrong[0] if wrong else -1
+    checked = labels[:first] if wrong else labels
+    if None in checked:
+        raise InputError(
+            f"{trajectory.trajectory_id}: step {checked.index(None)} has no label, so the "
+            "first wrong step is not known"
+        )
+    known = trajectory.meta.get("final_answer_correct")
+    verdict = known if isinstance(known, bool) else (trajectory.outcome or 0.0) >= 0.5
+    return {
+        "id": trajectory.trajectory_id,
+        "generator": trajectory.policy,
+        "problem": trajectory.task.prompt,
+        "steps": [step_text(step) for step in trajectory.steps],
+        "final_answer_correct": verdict,
+        "label": first,
+    }

@@ -65,21 +65,21 @@ def write(path: Path, rows: Iterable[LabelledTrajectory]) -> int:
     InputError
         If a step has no label: TRL knows no masked step.
     """
+    return write_rows(path, map(_object, rows))
 
-    def objects() -> Iterator[dict[str, object]]:
-        for row in rows:
-            labels = row.labels.values[1:]
-            if None in labels:
-                raise InputError(
-                    f"{row.trajectory.trajectory_id}: step {labels.index(None)} has no label, and "
-                    "TRL's format has no place for that: leave the trajectory out"
-                )
-            steps = [step_text(step) for step in row.trajectory.steps]
-            hard = all(label in (0.0, 1.0) for label in labels)
-            yield {
-                "prompt": row.trajectory.task.prompt,
-                "completions": steps,
-                "labels": [bool(label) for label in labels] if hard else list(labels),
-            }
 
-    return write_rows(path, objects())
+def _object(row: LabelledTrajectory) -> dict[str, object]:
+    """Write one trajectory as a row."""
+    labels = row.labels.values[1:]
+    if None in labels:
+        raise InputError(
+            f"{row.trajectory.trajectory_id}: step {labels.index(None)} has no label, and "
+            "TRL's format has no place for that: leave the trajectory out"
+        )
+    steps = [step_text(step) for step in row.trajectory.steps]
+    hard = all(label in (0.0, 1.0) for label in labels)
+    return {
+        "prompt": row.trajectory.task.prompt,
+        "completions": steps,
+        "labels": [bool(label) for label in labels] if hard else list(labels),
+    }
