@@ -21,10 +21,10 @@ import numpy as np
 
 from benchmarks.heads_report import draw, show
 from labeling.estimators import ESTIMATORS
-from prm.data import Position, render
 from prm.evaluate import build_sections, score_prefixes
 from prm.metrics import Items, auroc, ece, spearman
 from prm.model import open_tokenizer
+from prm.rendering import Position, render
 from prm.score import Scorer
 from prm.train import TrainConfig, train
 from trajectory.atomic import atomic_path

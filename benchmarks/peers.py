@@ -25,10 +25,10 @@ from benchmarks.throughput import machine_facts
 from benchmarks.tool_episodes import read_episodes
 from prm.calibrate import Calibration
 from prm.checkpoint import Checkpoint, Metadata, Provenance, vocabulary_of
-from prm.data import render
 from prm.heads import get_head
 from prm.incremental import EpisodeScorer
 from prm.model import new_model, open_tokenizer, quiet_transformers
+from prm.rendering import render
 from prm.score import Scorer
 from trajectory.atomic import atomic_path
 from trajectory.errors import InputError

@@ -17,8 +17,8 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from prm.data import Rendered
 from prm.metrics import Array
+from prm.rendering import Rendered
 
 _SMOOTHING = 0.2
 """Weight of the latest batch in the running speed."""

@@ -23,9 +23,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import AutoModelForTokenClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from prm.calibrate import Calibration
-from prm.data import RENDERING, Position
 from prm.heads import Head, Kind, get_head
 from prm.model import embedding_rows, open_tokenizer, quiet_transformers
+from prm.rendering import RENDERING, Position
 from trajectory.atomic import atomic_folder
 from trajectory.errors import InputError
 from trajectory.run import sha256_of

@@ -2,7 +2,7 @@
 
 An `Episode` keeps what the model computed of it so far (the key-value cache). A further step costs
 a forward over that step's own tokens only, and a branch of the episode costs no forward at all.
-This works because `prm.data` tokenises segment by segment, so the ids of a prefix never change
+This works because `prm.rendering` tokenises segment by segment, so the ids of a prefix never change
 when the episode goes on, and because a causal model never looks ahead.
 """
 

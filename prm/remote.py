@@ -20,10 +20,10 @@ import torch
 import urllib3
 
 from prm.checkpoint import METADATA, load_metadata, vocabulary_of
-from prm.data import render
 from prm.heads import get_head
 from prm.metrics import Array
 from prm.model import open_tokenizer
+from prm.rendering import render
 from prm.score import make_scores
 from trajectory.codec import from_json, to_json
 from trajectory.errors import InputError

@@ -22,10 +22,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
 
 from prm.batching import QueueClosed, QueueFull, ScoringQueue
-from prm.data import Rendered
 from prm.gate import Gate, Meters
 from prm.model import Device
 from prm.remote import TOKEN_VARIABLE
+from prm.rendering import Rendered
 from prm.score import Scorer, aggregate
 from trajectory.codec import from_json, to_json
 from trajectory.errors import InputError

@@ -31,7 +31,7 @@ from prm.checkpoint import (
     save_checkpoint,
     vocabulary_of,
 )
-from prm.data import Example, OnLong, Position, keep_short, make_examples
+from prm.data import Example, OnLong, keep_short, make_examples
 from prm.fit import FitOptions, Fitter
 from prm.heads import Head, get_head
 from prm.model import (
@@ -48,6 +48,7 @@ from prm.model import (
 from prm.packing import check_packing
 from prm.predict import predict
 from prm.recipe import RecipeConfig
+from prm.rendering import Position
 from prm.schedule import default_learning_rate, default_step_tokens
 from prm.split import Split, split_by_task
 from prm.training_data import PublicData, load_rows, shuffle_labels, why_unusable

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prm.batching import QueueClosed, QueueFull, ScoringQueue
-from prm.data import Rendered
+from prm.rendering import Rendered
 
 
 def row(length, mark=0):

@@ -14,8 +14,8 @@ from prm.data import (
     make_examples,
     pad,
     plan_steps,
-    render,
 )
+from prm.rendering import render
 from tests.prm.synthetic import label_row, make_tokenizer, make_trajectory
 from trajectory.errors import InputError
 from trajectory.records import Observation, Step, StopReason, Task, ToolCall
