@@ -93,8 +93,10 @@ ARMS = (
     Arm(head="binary", target="soft", rollouts="1"),  # with one rollout, hard labels are the same
     Arm(head="token", target="soft", rollouts="1"),
     Arm(head="ranking", target="soft", rollouts="1"),
+    Arm(head="implicit", target="counts", rollouts="1"),
     Arm(head="value", target="counts", rollouts="1", position="action"),
     Arm(head="value", target="counts", rollouts="8"),
+    Arm(head="implicit", target="counts", rollouts="8"),
     Arm(head="binary", target="hard", rollouts="8"),
 )
 

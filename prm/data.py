@@ -48,6 +48,8 @@ class Example:
     """The estimator's label per prefix; None where unknown."""
     task_id: str
     trajectory_id: str
+    written: tuple[tuple[int, int], ...] | None = None
+    """First token and end of every part that the agent wrote; None if not known."""
 
     def __post_init__(self) -> None:
         sizes = [len(self.positions), len(self.rollouts), len(self.correct), len(self.values)]
@@ -85,6 +87,8 @@ class Batch:
     """Line of the tensors that holds each position; None where every row has one of its own."""
     position_ids_BT: torch.Tensor | None = None
     """Where packed rows begin: 0 at the first token of each; None where nothing is packed."""
+    written_BT: torch.Tensor | None = None
+    """True on the tokens that the agent wrote; None for heads that do not ask."""
 
 
 def make_examples(
@@ -140,6 +144,7 @@ def _example(row: LabelledTrajectory, rendered: Rendered, *, mask_start: bool) -
         values=tuple(values),
         task_id=row.trajectory.task.task_id,
         trajectory_id=row.trajectory.trajectory_id,
+        written=rendered.written,
     )
 
 
@@ -234,9 +239,16 @@ def group_by_length(
 
 
 def collate(
-    examples: Sequence[Example], target: Callable[[Example], Targets], *, pad_id: int
+    examples: Sequence[Example],
+    target: Callable[[Example], Targets],
+    *,
+    pad_id: int,
+    written: bool = False,
 ) -> Batch:
-    """Pad examples on the right and gather their scored positions and targets."""
+    """Pad examples on the right and gather their scored positions and targets.
+
+    With ``written``, the batch also says which tokens the agent wrote.
+    """
     targets = [target(e) for e in examples]
     input_ids_BT, attention_mask_BT = pad([e.input_ids for e in examples], pad_id=pad_id)
     rows = [row for row, e in enumerate(examples) for _ in e.positions]
@@ -247,7 +259,48 @@ def collate(
         columns_P=torch.tensor([p for e in examples for p in e.positions]),
         targets_P=torch.tensor([v for t in targets for v in t.values], dtype=torch.float32),
         weights_P=torch.tensor([w for t in targets for w in t.weights], dtype=torch.float32),
+        written_BT=mark_written(examples, input_ids_BT) if written else None,
     )
+
+
+def mark_written(
+    rows: Sequence[Example] | Sequence[Rendered],
+    like_BT: torch.Tensor,
+    *,
+    places: Sequence[tuple[int, int]] | None = None,
+) -> torch.Tensor:
+    """Mark the tokens that the agent wrote.
+
+    Parameters
+    ----------
+    rows : sequence of Example or of Rendered
+        With their written parts.
+    like_BT : Tensor, shape (B, T)
+        Token ids that hold the rows.
+    places : sequence of (int, int), optional
+        Line of each row and where it begins there; by default every row has a line of its own.
+
+    Returns
+    -------
+    Tensor of bool, shape (B, T)
+        True on written tokens.
+
+    Raises
+    ------
+    InputError
+        If a row does not know them.
+    """
+    mask_BT = torch.zeros_like(like_BT, dtype=torch.bool)
+    for number, row in enumerate(rows):
+        line, start = (number, 0) if places is None else places[number]
+        if row.written is None:
+            raise InputError(
+                "which tokens of a row the agent wrote is not known, and this head asks: make rows "
+                "with `prm.rendering.render`"
+            )
+        for begin, end in row.written:
+            mask_BT[line, start + begin : start + end] = True
+    return mask_BT
 
 
 def pad(rows: Sequence[Sequence[int]], *, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

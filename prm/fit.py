@@ -252,9 +252,12 @@ class Fitter:
 
     def _step(self, batches: Sequence[Sequence[Example]]) -> tuple[float, float]:
         """Take one optimizer step over batches of examples; returns its loss and gradient norm."""
-        gather = collate_packed if self.options.packing else collate
+        head, gather = self.head, collate_packed if self.options.packing else collate
         loss = self.accumulate(
-            [gather(b, self.head.targets, pad_id=self.options.pad_id) for b in batches]
+            [
+                gather(b, head.targets, pad_id=self.options.pad_id, written=head.is_log_ratio)
+                for b in batches
+            ]
         )
         if self._head_only:
             for parameter in self._body:  # without a gradient it takes no part in the step

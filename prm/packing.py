@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from prm.data import Batch, Example, Targets, pad
+from prm.data import Batch, Example, Targets, mark_written, pad
+from prm.implicit import ImplicitModel
 from trajectory.errors import InputError
 
 _PROBE = (5, 3, 4)
@@ -85,11 +86,16 @@ def group_packed(
 
 
 def collate_packed(
-    examples: Sequence[Example], target: Callable[[Example], Targets], *, pad_id: int
+    examples: Sequence[Example],
+    target: Callable[[Example], Targets],
+    *,
+    pad_id: int,
+    written: bool = False,
 ) -> Batch:
     """Pack examples into lines and gather their scored positions and targets, in their order.
 
-    The empty end of a line counts positions from 0 too, so that no row sees it.
+    The empty end of a line counts positions from 0 too, so that no row sees it. With ``written``,
+    the batch also says which tokens the agent wrote.
     """
     lines = fill_lines([len(e.input_ids) for e in examples])
     width = max(len(e.input_ids) for e in examples)
@@ -107,6 +113,7 @@ def collate_packed(
     input_ids_BT, attention_mask_BT = pad(ids, pad_id=pad_id)
     targets = [target(e) for e in examples]
     sizes = [len(e.positions) for e in examples]
+    places = list(zip(line_of, start_of, strict=True))
     return Batch(
         input_ids_BT=input_ids_BT,
         attention_mask_BT=attention_mask_BT,
@@ -118,6 +125,7 @@ def collate_packed(
         weights_P=torch.tensor([w for t in targets for w in t.weights], dtype=torch.float32),
         lines_P=torch.repeat_interleave(torch.tensor(line_of), torch.tensor(sizes)),
         position_ids_BT=torch.tensor(positions),
+        written_BT=mark_written(examples, input_ids_BT, places=places) if written else None,
     )
 
 
@@ -128,7 +136,8 @@ def check_packing(model: nn.Module, *, vocabulary: int) -> None:
     Parameters
     ----------
     model : Module
-        A token classifier on the CPU, in float32.
+        A token classifier on the CPU, in float32; or a pair of language models, of which one is
+        run, because before training the two do not differ.
     vocabulary : int
         Token ids it embeds.
 
@@ -139,6 +148,7 @@ def check_packing(model: nn.Module, *, vocabulary: int) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(vocabulary, (1, n), generator=generator) for n in _PROBE]
+    model = model.reference if isinstance(model, ImplicitModel) else model
     training = model.training
     model.eval()
     try:

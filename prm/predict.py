@@ -50,7 +50,7 @@ def predict(
     Parameters
     ----------
     model : Module
-        A token classifier; left in evaluation mode.
+        What `prm.model.new_model` makes; left in evaluation mode.
     examples : sequence of Example
         At least one.
     head : Head
@@ -74,7 +74,12 @@ def predict(
     model.eval()
     with torch.inference_mode():
         for indices in group_by_length(range(len(examples)), lengths, batch_tokens=batch_tokens):
-            batch = collate([examples[i] for i in indices], head.targets, pad_id=pad_id)
+            batch = collate(
+                [examples[i] for i in indices],
+                head.targets,
+                pad_id=pad_id,
+                written=head.is_log_ratio,
+            )
             with autocast(device, bfloat16):
                 logits_PC = logits_at(model, to_device(batch, device))
             logits_PC = logits_PC.cpu().double()

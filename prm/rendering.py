@@ -43,6 +43,8 @@ class Rendered:
     input_ids: tuple[int, ...]
     positions: tuple[int, ...]
     """Token index of prefix 0..S, strictly increasing."""
+    written: tuple[tuple[int, int], ...] | None = None
+    """First token and end of every action's segment, which the agent wrote; None if not known."""
 
 
 def render(
@@ -135,8 +137,10 @@ def _assemble(
     """Join a trajectory's tokenised segments and note where its prefixes end."""
     input_ids = [*start, *ids[0]]
     positions = [len(input_ids) - 1]
+    written = []
     segment = 1
     for step in trajectory.steps:
+        written.append((len(input_ids), len(input_ids) + len(ids[segment])))
         input_ids.extend(ids[segment])
         end = len(input_ids) - 1
         segment += 1
@@ -147,4 +151,4 @@ def _assemble(
                 end = len(input_ids) - 1
         positions.append(end)
     assert all(a < b for a, b in pairwise(positions))
-    return Rendered(input_ids=tuple(input_ids), positions=tuple(positions))
+    return Rendered(input_ids=tuple(input_ids), positions=tuple(positions), written=tuple(written))

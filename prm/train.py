@@ -74,7 +74,8 @@ class TrainConfig:
     """Folder of the checkpoint; an interrupted run continues in it."""
     head: str = "value"
     """What to predict: value (from rollout counts), binary, token, token:WRONG,RIGHT (begins with
-    the base's own rows of two words) or ranking (all from labels)."""
+    the base's own rows of two words), ranking (all three from labels), implicit or implicit:BETA
+    (how much likelier a trained language model makes the actions than the base; from counts)."""
     position: Position = "observation"
     """Score a step after its observation, or right after its action."""
     lora_rank: int = 0
@@ -104,7 +105,11 @@ class TrainConfig:
     publish: PublishConfig = field(default_factory=PublishConfig)
 
     def __post_init__(self) -> None:
-        get_head(self.head)
+        if get_head(self.head).is_log_ratio and self.recipe.head_first:
+            raise InputError(
+                f"--head-first: head {self.head!r} has no classification layer that could be "
+                "trained first: leave it out"
+            )
         if (self.labels is None) == (self.public.data is None):
             raise InputError(
                 "give exactly one of --labels (a folder of `prm label`) and --data FORMAT:PATH"
@@ -192,8 +197,10 @@ def _train(
     if config.recipe.packing:
         check_packing(model, vocabulary=len(tokenizer))
     options = _fit_options(config, model, split, tokenizer.pad_token_id)
-    if options.bfloat16 and accelerator.distributed_type is not DistributedType.FSDP:
-        _halve_frozen(model)  # FSDP shards weights of one number format only
+    # FSDP shards weights of one number format only. A reference keeps the format of its policy.
+    is_fsdp = accelerator.distributed_type is DistributedType.FSDP
+    if options.bfloat16 and config.lora_rank and not is_fsdp:
+        _halve_frozen(model)
     fitter = Fitter(
         model, head, options=options, folder=config.out / STATE, accelerator=accelerator
     )
