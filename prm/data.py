@@ -288,7 +288,8 @@ def mark_written(
     Raises
     ------
     InputError
-        If a row does not know them.
+        If a row does not know them, or they lie outside it or on its first token, which nothing
+        predicts.
     """
     mask_BT = torch.zeros_like(like_BT, dtype=torch.bool)
     for number, row in enumerate(rows):
@@ -299,6 +300,11 @@ def mark_written(
                 "with `prm.rendering.render`"
             )
         for begin, end in row.written:
+            if not 1 <= begin <= end <= len(row.input_ids):
+                raise InputError(
+                    f"a row of {len(row.input_ids)} tokens cannot be written by the agent from "
+                    f"token {begin} to {end}: give parts inside it, after its first token"
+                )
             mask_BT[line, start + begin : start + end] = True
     return mask_BT
 

@@ -18,7 +18,7 @@ import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -51,6 +51,28 @@ class PairCache:
     """Log-ratio of every token that may come next; None before the first one was read."""
     sum_B: torch.Tensor | None = None
     """Of the log-ratios of the written tokens read so far, in float64."""
+
+    def advance(
+        self,
+        ratios_BT: torch.Tensor,
+        input_ids: torch.Tensor,
+        *,
+        written: torch.Tensor,
+        next_BV: torch.Tensor,
+    ) -> torch.Tensor:
+        """Add the log-ratios of tokens just read; gives the sum up to each, shape (B, T).
+
+        Of the first of them it was known before, from what preceded; ``next_BV`` is what is kept
+        for the token after the last.
+        """
+        if self.ratios_BV is not None:
+            first_B1 = self.ratios_BV.gather(1, input_ids[:, :1])
+            ratios_BT = torch.cat([first_B1, ratios_BT[:, 1:]], dim=1)
+        sums_BT = running_sums(ratios_BT.where(written, 0.0), None)
+        if self.sum_B is not None:
+            sums_BT = sums_BT + self.sum_B[:, None]
+        self.sum_B, self.ratios_BV = sums_BT[:, -1], next_BV
+        return sums_BT
 
 
 class ImplicitModel(nn.Module):
@@ -139,43 +161,43 @@ class ImplicitModel(nn.Module):
         TokenClassifierOutput
             With ``logits`` of shape (B, T, 1), in float32.
         """
-        assert use_cache == (past_key_values is not None)
+        cache = past_key_values
+        assert use_cache == (cache is not None)
         # Only where a written token follows are logits over the vocabulary needed.
         columns_N = written[:, 1:].any(dim=0).nonzero()[:, 0]
-        last = input_ids.new_full((1 if use_cache else 0,), input_ids.shape[1] - 1)
-        common = {
+        last = columns_N.new_full((1 if use_cache else 0,), input_ids.shape[1] - 1)
+        inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "use_cache": use_cache,  # with a cache, transformers does not look for packed rows
             "logits_to_keep": torch.cat([columns_N, last]),
         }
-        given = {name: value for name, value in common.items() if value is not None}
-        cache = past_key_values
-        with torch.no_grad():
-            if cache is not None:
-                given["past_key_values"] = cache.reference
-            reference_BNV = self.reference(**given).logits
-        if cache is not None:
-            given["past_key_values"] = cache.policy
-        policy_BNV = self.policy(**given).logits
-
-        following_BN = input_ids[:, columns_N + 1]
-        count = len(columns_N)
-        found_BN = log_probs_of(policy_BNV[:, :count], following_BN)
-        found_BN = found_BN - log_probs_of(reference_BNV[:, :count], following_BN)
-        ratios_BT = found_BN.new_zeros(input_ids.shape).index_copy(1, columns_N + 1, found_BN)
-        if cache is not None and cache.ratios_BV is not None:
-            ratios_BT[:, :1] = cache.ratios_BV.gather(1, input_ids[:, :1])
-        sums_BT = running_sums(ratios_BT.where(written, 0.0), position_ids)
-        if cache is not None:
-            if cache.sum_B is not None:
-                sums_BT = sums_BT + cache.sum_B[:, None]
-            cache.sum_B = sums_BT[:, -1]
-            ends = [logits_BNV[:, -1].float() for logits_BNV in (policy_BNV, reference_BNV)]
-            cache.ratios_BV = ends[0].log_softmax(-1) - ends[1].log_softmax(-1)
+        policy_BNV, reference_BNV = self._run_both(inputs, cache)
+        following_BN, count = input_ids[:, columns_N + 1], len(columns_N)
+        ratios_BN = log_probs_of(policy_BNV[:, :count], following_BN)
+        ratios_BN = ratios_BN - log_probs_of(reference_BNV[:, :count], following_BN)
+        ratios_BT = ratios_BN.new_zeros(input_ids.shape).index_copy(1, columns_N + 1, ratios_BN)
+        if cache is None:
+            sums_BT = running_sums(ratios_BT.where(written, 0.0), position_ids)
+        else:
+            next_BV = policy_BNV[:, -1].float().log_softmax(-1)
+            next_BV = next_BV - reference_BNV[:, -1].float().log_softmax(-1)
+            sums_BT = cache.advance(ratios_BT, input_ids, written=written, next_BV=next_BV)
         logits_BT = self.base_log_odds + self.beta * sums_BT
         return TokenClassifierOutput(logits=logits_BT.float()[..., None])
+
+    def _run_both(
+        self, inputs: dict[str, torch.Tensor | None], cache: PairCache | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute both models' logits, of the reference without gradients."""
+        given: dict[str, Any] = {name: t for name, t in inputs.items() if t is not None}
+        given["use_cache"] = cache is not None  # else transformers does not look for packed rows
+        continued = {} if cache is None else {"past_key_values": cache.reference}
+        with torch.no_grad():
+            reference_BNV: torch.Tensor = self.reference(**given, **continued).logits
+        continued = {} if cache is None else {"past_key_values": cache.policy}
+        policy_BNV: torch.Tensor = self.policy(**given, **continued).logits
+        return policy_BNV, reference_BNV
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the trained model to a folder, without adapters, and the reference below it."""

@@ -63,7 +63,8 @@ def test_a_step_has_the_same_loss_and_gradient_for_any_micro_batch_split(
         batches, start = [], 0
         for size in cut:
             part = examples[start : start + size]
-            batches.append(collate(part, fitter.head.targets, pad_id=0))
+            head = fitter.head
+            batches.append(collate(part, head.targets, pad_id=0, written=head.is_log_ratio))
             start += size
         loss = fitter.accumulate(batches)
         gradients = [p.grad.clone() for p in fitter.raw_model.parameters() if p.grad is not None]

@@ -44,7 +44,10 @@ def mixed_examples(base):
 
 def both(base, head):
     examples = mixed_examples(base)
-    batches = [f(examples, head.targets, pad_id=0) for f in (collate, collate_packed)]
+    batches = [
+        f(examples, head.targets, pad_id=0, written=head.is_log_ratio)
+        for f in (collate, collate_packed)
+    ]
     return examples, *batches
 
 
