@@ -264,7 +264,7 @@ def collate(
 
 
 def mark_written(
-    rows: Sequence[Example] | Sequence[Rendered],
+    rows: Sequence[Example | Rendered],
     like_BT: torch.Tensor,
     *,
     places: Sequence[tuple[int, int]] | None = None,

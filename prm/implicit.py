@@ -18,7 +18,7 @@ import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -184,7 +184,8 @@ class ImplicitModel(nn.Module):
             next_BV = next_BV - reference_BNV[:, -1].float().log_softmax(-1)
             sums_BT = cache.advance(ratios_BT, input_ids, written=written, next_BV=next_BV)
         logits_BT = self.base_log_odds + self.beta * sums_BT
-        return TokenClassifierOutput(logits=logits_BT.float()[..., None])
+        logits_BT1 = cast(torch.FloatTensor, logits_BT.float()[..., None])
+        return TokenClassifierOutput(logits=logits_BT1)
 
     def _run_both(
         self, inputs: dict[str, torch.Tensor | None], cache: PairCache | None
@@ -283,11 +284,13 @@ def start_implicit(base: str | Path, *, beta: float, base_log_odds: float) -> Im
     """
     refusal = f"{base} cannot start the implicit head: "
     try:
-        policy, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(base), dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{refusal}it is no causal language model; use --head value") from error
+    policy, report = loaded
+    assert isinstance(policy, PreTrainedModel)
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(
@@ -310,8 +313,9 @@ def start_implicit(base: str | Path, *, beta: float, base_log_odds: float) -> Im
 def _is_causal(model: PreTrainedModel) -> bool:
     """Tell, by trying, whether a token's logits are the same before and after the text goes on."""
     generator = torch.Generator().manual_seed(0)
-    rows = model.get_input_embeddings().weight.shape[0]
-    ids_BT = torch.randint(rows, (1, _PROBE), generator=generator)
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    ids_BT = torch.randint(weight.shape[0], (1, _PROBE), generator=generator)
     kept = torch.arange(_PROBE // 2)
     whole = model(input_ids=ids_BT, use_cache=False, logits_to_keep=kept).logits
     alone = model(input_ids=ids_BT[:, : len(kept)], use_cache=False).logits

@@ -113,7 +113,7 @@ def collate_packed(
     input_ids_BT, attention_mask_BT = pad(ids, pad_id=pad_id)
     targets = [target(e) for e in examples]
     sizes = [len(e.positions) for e in examples]
-    places = list(zip(line_of, start_of, strict=True))
+    begins = list(zip(line_of, start_of, strict=True))
     return Batch(
         input_ids_BT=input_ids_BT,
         attention_mask_BT=attention_mask_BT,
@@ -125,7 +125,7 @@ def collate_packed(
         weights_P=torch.tensor([w for t in targets for w in t.weights], dtype=torch.float32),
         lines_P=torch.repeat_interleave(torch.tensor(line_of), torch.tensor(sizes)),
         position_ids_BT=torch.tensor(positions),
-        written_BT=mark_written(examples, input_ids_BT, places=places) if written else None,
+        written_BT=mark_written(examples, input_ids_BT, places=begins) if written else None,
     )
 
 

@@ -25,7 +25,8 @@ from prm.model import add_lora, logits_at, merge_lora, new_model, open_tokenizer
 from prm.packing import check_packing, collate_packed
 from prm.recipe import RecipeConfig
 from prm.train import TrainConfig, train
-from tests.prm.synthetic import label_row, make_rows, make_tokenizer, make_trajectory, small_config
+from prm.training_data import PublicData
+from tests.prm.synthetic import label_row, make_rows, make_tokenizer, make_trajectory
 from trajectory.errors import InputError
 
 HEAD = HEADS["implicit"]
@@ -172,7 +173,7 @@ def moved(pair):
     generator = torch.Generator().manual_seed(1)
     for parameter in pair.parameters():
         if parameter.requires_grad:
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return pair
 
 
@@ -235,7 +236,7 @@ def test_observations_and_tasks_are_read_but_move_nothing(base):
     examples = make_examples([label_row(t, "+") for t in (good, swapped)], tokenizer)
     with torch.no_grad():
         logits_P = logits_at(pair, collate(examples, HEAD.targets, pad_id=0, written=True))[:, 0]
-    assert logits_P[1] == pytest.approx(logits_P[4], abs=1e-6)  # the result itself says nothing,
+    assert abs(logits_P[1] - logits_P[4]) < 1e-6  # the result itself says nothing,
     assert abs(logits_P[2] - logits_P[5]) > 1e-4  # but the next action is read in its light
 
 
@@ -273,7 +274,7 @@ def test_merged_adapters_score_as_before_and_only_they_are_trained(base):
     assert not any(module.training for module in pair.modules())
     batch = collate(examples_of(base), HEAD.targets, pad_id=0, written=True)
     with torch.no_grad():
-        assert logits_at(pair, batch).std() == 0
+        assert len(logits_at(pair, batch).unique()) == 1
         before = logits_at(moved(pair), batch)
         merged = merge_lora(pair)
         after = logits_at(merged, batch)
@@ -361,13 +362,10 @@ def test_a_first_stage_is_refused_before_anything_is_read(tmp_path):
 def test_labels_without_counts_are_refused_with_the_head_that_takes_them(base, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "p", "completions": ["a", "b"], "labels": [true, false]}\n' * 4)
-    from prm.training_data import PublicData
-
-    config = small_config(base, None, tmp_path / "prm", head="implicit")
     with pytest.raises(InputError, match="head 'implicit' needs counts or outcomes; use --head bi"):
         train(
             TrainConfig(
-                public=PublicData(data=f"trl:{path}"), model=config.model, out=config.out,
+                public=PublicData(data=f"trl:{path}"), model=str(base), out=tmp_path / "prm",
                 head="implicit", device="cpu",
             )
         )  # fmt: skip

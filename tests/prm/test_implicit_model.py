@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -71,7 +72,7 @@ def test_the_folder_is_a_causal_language_model_with_the_base_below_it(implicit_f
     assert not torch.equal(was["lm_head.weight"], policy["lm_head.weight"])
     assert len(AutoTokenizer.from_pretrained(implicit_folder)) == 258
     rate = metadata.training["base_rate"]
-    assert metadata.base_log_odds == pytest.approx(torch.logit(torch.tensor(rate)).item())
+    assert metadata.base_log_odds == pytest.approx(math.log(rate / (1 - rate)))
 
 
 def test_beta_and_the_constant_come_back_from_the_folder(base, tmp_path, implicit_folder):
@@ -246,7 +247,7 @@ def test_every_way_to_train_begins_at_the_base_rate_and_learns(
     monkeypatch.setattr(fit.Fitter, "fit", remember)
     monkeypatch.setattr(fit.Fitter, "accumulate", watched)
     train(config)
-    assert first[0].std() == 0  # the two models are the same, in the same number format
+    assert len(set(first[0])) == 1  # the two models are the same, in the same number format
     for part in ("", "reference"):
         saved = load_file(config.out / part / "model.safetensors")
         assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
@@ -278,7 +279,7 @@ def test_files_are_scored_and_labels_evaluated(implicit_folder, tmp_path):
     labels = write_label_folder(tmp_path / "labels", make_rows(12, prefix="h"))
     report = evaluate(
         EvaluateConfig(
-            prm=implicit_folder, labels=labels, out=tmp_path / "report", resamples=50, device="cpu"
+            prm=implicit_folder, labels=labels, out=tmp_path / "report", resamples=100, device="cpu"
         )
     )
     assert report["sections"]["actions"]["prm"]["auroc"]["value"] > 0.7
