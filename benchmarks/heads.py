@@ -95,9 +95,16 @@ ARMS = (
     Arm(head="ranking", target="soft", rollouts="1"),
     Arm(head="implicit", target="counts", rollouts="1"),
     Arm(head="value", target="counts", rollouts="1", position="action"),
-    Arm(head="value", target="counts", rollouts="8"),
+    *(
+        arm
+        for k in ("2", "4", "8")
+        for arm in (
+            Arm(head="value", target="counts", rollouts=k),
+            Arm(head="binary", target="hard", rollouts=k),
+        )
+    ),
+    Arm(head="ranking", target="soft", rollouts="8"),  # its labels are nearer to certain here
     Arm(head="implicit", target="counts", rollouts="8"),
-    Arm(head="binary", target="hard", rollouts="8"),
 )
 
 

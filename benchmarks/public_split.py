@@ -31,6 +31,8 @@ class PublicSplitConfig:
     """Share of the problems to train on."""
     train_rows: int | None = None
     """Most rows of train.jsonl, drawn at random; all when not given."""
+    train_problems: int | None = None
+    """Most problems of train.jsonl, drawn at random, with all their rows; all when not given."""
     without: str | None = None
     """FIELD=VALUE: rows to leave out of train.jsonl, such as model=gpt-4."""
     exclude: Path | None = None
@@ -75,9 +77,7 @@ def split(config: PublicSplitConfig) -> dict[str, int]:
             if str(row.get(name)) == value:
                 continue
         sides[side].append((problem, line))
-    if config.train_rows is not None and len(sides["train"]) > config.train_rows:
-        rng = random.Random(derive_seed("public-split-rows", config.seed))  # noqa: S311
-        sides["train"] = rng.sample(sides["train"], config.train_rows)
+    sides["train"] = _draw(sides["train"], config)
     counts = {"overlapping_problems": len(overlapping), "overlapping_rows": left_out}
     for side, rows in sides.items():
         with atomic_path(config.out / f"{side}.jsonl") as temporary:
@@ -86,6 +86,19 @@ def split(config: PublicSplitConfig) -> dict[str, int]:
         counts[f"{side}_problems"] = len({problem for problem, _ in rows})
     Console(highlight=False).print(json.dumps(counts), soft_wrap=True)
     return counts
+
+
+def _draw(rows: list[tuple[str, str]], config: PublicSplitConfig) -> list[tuple[str, str]]:
+    """Keep as many problems and rows as were asked for."""
+    if config.train_problems is not None:
+        problems = sorted({problem for problem, _ in rows})
+        rng = random.Random(derive_seed("public-split-problems", config.seed))  # noqa: S311
+        kept = set(rng.sample(problems, min(config.train_problems, len(problems))))
+        rows = [row for row in rows if row[0] in kept]
+    if config.train_rows is not None and len(rows) > config.train_rows:
+        rng = random.Random(derive_seed("public-split-rows", config.seed))  # noqa: S311
+        rows = rng.sample(rows, config.train_rows)
+    return rows
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, object]]]:

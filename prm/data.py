@@ -86,9 +86,15 @@ class Batch:
     lines_P: torch.Tensor | None = None
     """Line of the tensors that holds each position; None where every row has one of its own."""
     position_ids_BT: torch.Tensor | None = None
-    """Where packed rows begin: 0 at the first token of each; None where nothing is packed."""
+    """Depth of each token in its row, 0 at the first; None where rows are only padded."""
+    ancestors_TT: torch.Tensor | None = None
+    """What each token of a single line sees, where rows share their prefixes (`prm.prefix_tree`);
+    None elsewhere."""
     written_BT: torch.Tensor | None = None
     """True on the tokens that the agent wrote; None for heads that do not ask."""
+    parents_T: torch.Tensor | None = None
+    """Index of the token that each token of such a tree follows, -1 at the beginning of a row; None
+    elsewhere and for heads that do not ask who wrote what."""
 
 
 def make_examples(

@@ -21,10 +21,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from prm.data import Batch, Example, collate, group_by_length, plan_steps
+from prm.data import Batch, Example
 from prm.heads import Head
+from prm.layout import LAYOUTS, Packing
 from prm.model import autocast, logits_at, to_device
-from prm.packing import collate_packed, group_packed
 from prm.predict import Predictions, predict
 from prm.schedule import learning_rate_at
 from prm.sharded import cut_like, gather, gather_optimizer, is_sharded, load_optimizer
@@ -72,8 +72,8 @@ class FitOptions:
     pad_id: int
     head_first: int = 0
     """Passes before those, with the classification layer alone."""
-    packing: bool = False
-    """Whether rows are packed instead of padded."""
+    packing: Packing = "none"
+    """How rows are laid out in forward passes."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -121,6 +121,7 @@ class Fitter:
         accelerator: Accelerator,
     ) -> None:
         self.head, self.options, self.accelerator = head, options, accelerator
+        self._layout = LAYOUTS[options.packing]
         self._latest, self._best = folder / "latest.pt", folder / "best.pt"
         decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
         plain = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
@@ -189,12 +190,11 @@ class Fitter:
 
     def _plan(self, train: Sequence[Example], epoch: int) -> list[list[list[int]]]:
         """Lay out an epoch."""
-        return plan_steps(
-            [len(e.input_ids) for e in train],
+        return self._layout.plan(
+            train,
             step_tokens=self.options.step_tokens,
             batch_tokens=self.options.batch_tokens,
             seed=derive_seed(self.options.seed, epoch),
-            group=group_packed if self.options.packing else group_by_length,
         )
 
     def _out_of_patience(self) -> bool:
@@ -252,10 +252,10 @@ class Fitter:
 
     def _step(self, batches: Sequence[Sequence[Example]]) -> tuple[float, float]:
         """Take one optimizer step over batches of examples; returns its loss and gradient norm."""
-        head, gather = self.head, collate_packed if self.options.packing else collate
+        head, collate = self.head, self._layout.collate
         loss = self.accumulate(
             [
-                gather(b, head.targets, pad_id=self.options.pad_id, written=head.is_log_ratio)
+                collate(b, head.targets, pad_id=self.options.pad_id, written=head.is_log_ratio)
                 for b in batches
             ]
         )
@@ -333,6 +333,7 @@ class Fitter:
             self.model,
             examples,
             self.head,
+            layout=self._layout,
             batch_tokens=options.batch_tokens,
             pad_id=options.pad_id,
             bfloat16=options.bfloat16,

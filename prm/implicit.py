@@ -9,7 +9,8 @@ prediction is the base rate everywhere. An action is its whole segment of the te
 included (`prm.rendering`); tokens of the task and of observations are read and never counted, so
 the logit moves on actions alone.
 
-Dimension letters beside the project's own: N tokens whose probability is asked for, V vocabulary.
+Dimension letters beside the project's own: N tokens whose probability is asked for, K tokens that
+they follow, V vocabulary.
 """
 
 from __future__ import annotations
@@ -52,26 +53,17 @@ class PairCache:
     sum_B: torch.Tensor | None = None
     """Of the log-ratios of the written tokens read so far, in float64."""
 
-    def advance(
-        self,
-        ratios_BT: torch.Tensor,
-        input_ids: torch.Tensor,
-        *,
-        written: torch.Tensor,
-        next_BV: torch.Tensor,
-    ) -> torch.Tensor:
-        """Add the log-ratios of tokens just read; gives the sum up to each, shape (B, T).
+    def look_up(self, ids_B1: torch.Tensor) -> torch.Tensor:
+        """Return the log-ratio of tokens that come next; 0 of the first, which nothing predicts."""
+        if self.ratios_BV is None:
+            return torch.zeros(ids_B1.shape, device=ids_B1.device)
+        return self.ratios_BV.gather(1, ids_B1)
 
-        Of the first of them it was known before, from what preceded; ``next_BV`` is what is kept
-        for the token after the last.
-        """
-        if self.ratios_BV is not None:
-            first_B1 = self.ratios_BV.gather(1, input_ids[:, :1])
-            ratios_BT = torch.cat([first_B1, ratios_BT[:, 1:]], dim=1)
-        sums_BT = running_sums(ratios_BT.where(written, 0.0), None)
+    def add(self, sums_BT: torch.Tensor) -> torch.Tensor:
+        """Add what was summed before to the sums of the tokens just read."""
         if self.sum_B is not None:
             sums_BT = sums_BT + self.sum_B[:, None]
-        self.sum_B, self.ratios_BV = sums_BT[:, -1], next_BV
+        self.sum_B = sums_BT[:, -1]
         return sums_BT
 
 
@@ -136,6 +128,7 @@ class ImplicitModel(nn.Module):
         written: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        parents: torch.Tensor | None = None,
         past_key_values: PairCache | None = None,
         use_cache: bool = False,
     ) -> TokenClassifierOutput:
@@ -147,10 +140,13 @@ class ImplicitModel(nn.Module):
             Padded on the right.
         written : Tensor of bool, shape (B, T)
             True on the tokens that the agent wrote; never on the first of a row.
-        attention_mask : Tensor, shape (B, T), optional
-            1 on real tokens; None where all are.
+        attention_mask : Tensor, shape (B, T) or (1, 1, T, T), optional
+            1 on real tokens, or True on what each token sees; None where all are real.
         position_ids : Tensor, shape (B, T), optional
             Where packed rows begin: 0 at the first token of each. The sum starts anew there.
+        parents : Tensor of int, shape (T,), optional
+            Index of the token that each token of a single line follows, -1 where a row begins,
+            where rows share their prefixes (`prm.prefix_tree`); by default the one before it.
         past_key_values : PairCache, optional
             What was read of these rows before; it grows. Not together with packing.
         use_cache : bool, default=False
@@ -161,31 +157,53 @@ class ImplicitModel(nn.Module):
         TokenClassifierOutput
             With ``logits`` of shape (B, T, 1), in float32.
         """
-        cache = past_key_values
-        assert use_cache == (cache is not None)
-        # Only where a written token follows are logits over the vocabulary needed.
-        columns_N = written[:, 1:].any(dim=0).nonzero()[:, 0]
-        last = columns_N.new_full((1 if use_cache else 0,), input_ids.shape[1] - 1)
-        inputs = {
+        assert use_cache == (past_key_values is not None)
+        parents_T = torch.arange(-1, input_ids.shape[1] - 1, device=input_ids.device)
+        parents_T = parents_T if parents is None else parents
+        given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "logits_to_keep": torch.cat([columns_N, last]),
         }
-        policy_BNV, reference_BNV = self._run_both(inputs, cache)
-        following_BN, count = input_ids[:, columns_N + 1], len(columns_N)
-        ratios_BN = log_probs_of(policy_BNV[:, :count], following_BN)
-        ratios_BN = ratios_BN - log_probs_of(reference_BNV[:, :count], following_BN)
-        ratios_BT = ratios_BN.new_zeros(input_ids.shape).index_copy(1, columns_N + 1, ratios_BN)
-        if cache is None:
-            sums_BT = running_sums(ratios_BT.where(written, 0.0), position_ids)
-        else:
-            next_BV = policy_BNV[:, -1].float().log_softmax(-1)
-            next_BV = next_BV - reference_BNV[:, -1].float().log_softmax(-1)
-            sums_BT = cache.advance(ratios_BT, input_ids, written=written, next_BV=next_BV)
+        ratios_BT = self._log_ratios(given, written, parents_T, past_key_values)
+        parents_BT = parents_T.expand_as(input_ids)
+        if position_ids is not None:
+            parents_BT = parents_BT.where(position_ids != 0, -1)
+        sums_BT = running_sums(ratios_BT.where(written, 0.0), parents_BT)
+        if past_key_values is not None:
+            sums_BT = past_key_values.add(sums_BT)
         logits_BT = self.base_log_odds + self.beta * sums_BT
         logits_BT1 = cast(torch.FloatTensor, logits_BT.float()[..., None])
         return TokenClassifierOutput(logits=logits_BT1)
+
+    def _log_ratios(
+        self,
+        given: dict[str, torch.Tensor | None],
+        written: torch.Tensor,
+        parents_T: torch.Tensor,
+        cache: PairCache | None,
+    ) -> torch.Tensor:
+        """Compute the log-ratio of every written token, shape (B, T); others have anything."""
+        input_ids = given["input_ids"]
+        assert input_ids is not None
+        # Only where a written token follows are logits over the vocabulary needed. What follows
+        # the last token may come later, and the first one may have been predicted before.
+        begin = 0 if cache is None else 1
+        columns_N = written[:, begin:].any(dim=0).nonzero()[:, 0] + begin
+        sources_K, of_N = parents_T[columns_N].unique(return_inverse=True)
+        last = columns_N.new_full((begin,), len(parents_T) - 1)
+        kept_K = torch.cat([sources_K, last])
+        policy_BKV, reference_BKV = self._run_both({**given, "logits_to_keep": kept_K}, cache)
+        ids_BN = input_ids[:, columns_N]
+        ratios_BN = log_probs_of(policy_BKV, ids_BN, of_N)
+        ratios_BN = ratios_BN - log_probs_of(reference_BKV, ids_BN, of_N)
+        ratios_BT = ratios_BN.new_zeros(input_ids.shape).index_copy(1, columns_N, ratios_BN)
+        if cache is None:
+            return ratios_BT
+        ends = [logits_BKV[:, -1].float() for logits_BKV in (policy_BKV, reference_BKV)]
+        first_B1 = cache.look_up(input_ids[:, :1])
+        cache.ratios_BV = ends[0].log_softmax(-1) - ends[1].log_softmax(-1)
+        return torch.cat([first_B1, ratios_BT[:, 1:]], dim=1)
 
     def _run_both(
         self, inputs: dict[str, torch.Tensor | None], cache: PairCache | None
@@ -195,10 +213,10 @@ class ImplicitModel(nn.Module):
         given["use_cache"] = cache is not None  # else transformers does not look for packed rows
         continued = {} if cache is None else {"past_key_values": cache.reference}
         with torch.no_grad():
-            reference_BNV: torch.Tensor = self.reference(**given, **continued).logits
+            reference_BKV: torch.Tensor = self.reference(**given, **continued).logits
         continued = {} if cache is None else {"past_key_values": cache.policy}
-        policy_BNV: torch.Tensor = self.policy(**given, **continued).logits
-        return policy_BNV, reference_BNV
+        policy_BKV: torch.Tensor = self.policy(**given, **continued).logits
+        return policy_BKV, reference_BKV
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the trained model to a folder, without adapters, and the reference below it."""
@@ -207,15 +225,27 @@ class ImplicitModel(nn.Module):
         self.reference.save_pretrained(Path(folder) / REFERENCE)
 
 
-def log_probs_of(logits_BNV: torch.Tensor, ids_BN: torch.Tensor) -> torch.Tensor:
-    """Return the log-probability of one token per row of logits.
+def plain_network(model: nn.Module) -> nn.Module:
+    """Return what properties of a model's base are tried on: of a pair the reference.
+
+    Before training the pair predicts the same everywhere, which would hide any property.
+    """
+    return model.reference if isinstance(model, ImplicitModel) else model
+
+
+def log_probs_of(
+    logits_BKV: torch.Tensor, ids_BN: torch.Tensor, sources_N: torch.Tensor
+) -> torch.Tensor:
+    """Return the log-probabilities of tokens.
 
     Parameters
     ----------
-    logits_BNV : Tensor, shape (B, N, V)
+    logits_BKV : Tensor, shape (B, K, V)
         Of any number format.
     ids_BN : Tensor of int, shape (B, N)
         The tokens.
+    sources_N : Tensor of int, shape (N,)
+        Which of the K each of them is predicted by.
 
     Returns
     -------
@@ -227,39 +257,48 @@ def log_probs_of(logits_BNV: torch.Tensor, ids_BN: torch.Tensor) -> torch.Tensor
     ``logit - logsumexp(logits)``: no array of all log-probabilities is made, and backward keeps
     the logits alone.
     """
-    logits_BNV = logits_BNV.float()  # a sum of many small differences needs more than bfloat16
-    chosen_BN = logits_BNV.gather(-1, ids_BN[..., None])[..., 0]
-    return chosen_BN - logits_BNV.logsumexp(-1)
+    logits_BKV = logits_BKV.float()  # a sum of many small differences needs more than bfloat16
+    places_BN = sources_N * logits_BKV.shape[-1] + ids_BN
+    chosen_BN = logits_BKV.flatten(1).gather(1, places_BN)
+    return chosen_BN - logits_BKV.logsumexp(-1)[:, sources_N]
 
 
-def running_sums(values_BT: torch.Tensor, position_ids_BT: torch.Tensor | None) -> torch.Tensor:
+def running_sums(values_BT: torch.Tensor, parents_BT: torch.Tensor) -> torch.Tensor:
     """Sum up to every token, from the beginning of its own row.
 
     Parameters
     ----------
     values_BT : Tensor, shape (B, T)
         What is summed.
-    position_ids_BT : Tensor of int, shape (B, T), optional
-        0 where a row begins; None where every line is one row.
+    parents_BT : Tensor of int, shape (B, T)
+        Index of the token that each follows; -1 where a row begins.
 
     Returns
     -------
     Tensor, shape (B, T)
-        In float64, so that what is packed before a row leaves no rounding in it.
+        In float64.
+
+    Notes
+    -----
+    By doubling: every token adds the sum of the 2^k tokens before its own 2^k, for k = 0, 1, ...
+    Nothing outside a row ever enters its sum, so that neighbours leave no rounding in it, and
+    branches of a tree are no harder than rows.
 
     Examples
     --------
-    >>> values, places = torch.tensor([[1.0, 2.0, 4.0, 8.0]]), torch.tensor([[0, 1, 0, 1]])
-    >>> running_sums(values, None).tolist(), running_sums(values, places).tolist()
-    ([[1.0, 3.0, 7.0, 15.0]], [[1.0, 3.0, 4.0, 12.0]])
+    >>> values = torch.tensor([[1.0, 2.0, 4.0, 8.0]])
+    >>> running_sums(values, torch.tensor([[-1, 0, 1, 2]])).tolist()
+    [[1.0, 3.0, 7.0, 15.0]]
+    >>> running_sums(values, torch.tensor([[-1, 0, 0, -1]])).tolist()  # a fork, and another row
+    [[1.0, 3.0, 5.0, 8.0]]
     """
-    values_BT = values_BT.double()
-    sums_BT = values_BT.cumsum(dim=1)
-    if position_ids_BT is None:
-        return sums_BT
-    columns_T = torch.arange(values_BT.shape[1], device=values_BT.device)
-    begins_BT = columns_T.where(position_ids_BT == 0, 0).cummax(dim=1).values
-    return sums_BT - (sums_BT - values_BT).gather(1, begins_BT)
+    # A column of zero in front stands for what is before a row.
+    sums_BT = torch.nn.functional.pad(values_BT.double(), (1, 0))
+    before_BT = torch.nn.functional.pad(parents_BT + 1, (1, 0))
+    for _ in range(values_BT.shape[1].bit_length()):
+        sums_BT = sums_BT + sums_BT.gather(1, before_BT)
+        before_BT = before_BT.gather(1, before_BT)
+    return sums_BT[:, 1:]
 
 
 def start_implicit(base: str | Path, *, beta: float, base_log_odds: float) -> ImplicitModel:

@@ -260,10 +260,14 @@ def logits_at(model: nn.Module, batch: Batch) -> torch.Tensor:
         In float32.
     """
     asked = {} if batch.written_BT is None else {"written": batch.written_BT}
+    if batch.parents_T is not None:
+        asked["parents"] = batch.parents_T
     if batch.position_ids_BT is not None:
+        ancestors_TT = batch.ancestors_TT
         output = model(
             input_ids=batch.input_ids_BT,
             position_ids=batch.position_ids_BT,
+            attention_mask=None if ancestors_TT is None else ancestors_TT[None, None],
             use_cache=False,  # with a cache, transformers does not look for packed rows
             **asked,
         )

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from prm.data import Batch, Example, Targets, mark_written, pad
-from prm.implicit import ImplicitModel
 from trajectory.errors import InputError
 
 _PROBE = (5, 3, 4)
@@ -136,8 +135,7 @@ def check_packing(model: nn.Module, *, vocabulary: int) -> None:
     Parameters
     ----------
     model : Module
-        A token classifier on the CPU, in float32; or a pair of language models, of which one is
-        run, because before training the two do not differ.
+        A token classifier or language model on the CPU, in float32.
     vocabulary : int
         Token ids it embeds.
 
@@ -148,7 +146,6 @@ def check_packing(model: nn.Module, *, vocabulary: int) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(vocabulary, (1, n), generator=generator) for n in _PROBE]
-    model = model.reference if isinstance(model, ImplicitModel) else model
     training = model.training
     model.eval()
     try:

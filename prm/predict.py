@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from prm.data import Example, collate, group_by_length
+from prm.data import Example
 from prm.heads import Head
+from prm.layout import Layout
 from prm.metrics import Array
 from prm.model import autocast, logits_at, to_device
 
@@ -41,6 +42,7 @@ def predict(
     examples: Sequence[Example],
     head: Head,
     *,
+    layout: Layout,
     batch_tokens: int,
     pad_id: int,
     bfloat16: bool = False,
@@ -55,8 +57,10 @@ def predict(
         At least one.
     head : Head
         Margin and targets.
+    layout : Layout
+        How examples are laid out in forward passes; results do not depend on it.
     batch_tokens : int
-        Padded tokens of one forward pass; results do not depend on it.
+        Tokens of one forward pass, padding included; results do not depend on it.
     pad_id : int
         Token id of the padding.
     bfloat16 : bool, default=False
@@ -68,13 +72,12 @@ def predict(
         Every prefix of every example, in order.
     """
     device = next(model.parameters()).device
-    lengths = [len(e.input_ids) for e in examples]
     parts: dict[int, tuple[Array, Array, Array]] = {}
     total = 0.0
     model.eval()
     with torch.inference_mode():
-        for indices in group_by_length(range(len(examples)), lengths, batch_tokens=batch_tokens):
-            batch = collate(
+        for indices in layout.batches(examples, batch_tokens):
+            batch = layout.collate(
                 [examples[i] for i in indices],
                 head.targets,
                 pad_id=pad_id,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prm.calibrate import Method
+from prm.layout import Packing
 from trajectory.errors import InputError
 
 
@@ -14,9 +15,10 @@ class RecipeConfig:
 
     head_first: int = 0
     """Epochs that train the classification layer alone, before the others; 0 has no such stage."""
-    packing: bool = False
-    """Put short trajectories beside each other in one line of a batch, instead of padding. For
-    decoders; a base that would mix them is refused."""
+    packing: Packing = "none"
+    """What a forward pass reads: none pads rows to the longest, rows puts short ones beside each
+    other instead, prefixes reads once what several trajectories of a task begin with in common.
+    For decoders; a base that would mix them is refused."""
     calibration: Method = "platt"
     """Fitted on the held-out part: platt keeps the ranking of scores, isotonic bends more but may
     make scores equal, none leaves them as they are."""

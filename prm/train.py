@@ -34,6 +34,8 @@ from prm.checkpoint import (
 from prm.data import Example, OnLong, keep_short, make_examples
 from prm.fit import FitOptions, Fitter
 from prm.heads import Head, get_head
+from prm.implicit import plain_network
+from prm.layout import LAYOUTS
 from prm.model import (
     Device,
     add_lora,
@@ -45,7 +47,6 @@ from prm.model import (
     open_tokenizer,
     pick_device,
 )
-from prm.packing import check_packing
 from prm.predict import predict
 from prm.recipe import RecipeConfig
 from prm.rendering import Position
@@ -194,8 +195,7 @@ def _train(
         return add_lora(model, rank=config.lora_rank, seed=config.seed)
 
     model = fresh()
-    if config.recipe.packing:
-        check_packing(model, vocabulary=len(tokenizer))
+    LAYOUTS[config.recipe.packing].check(plain_network(model), vocabulary=len(tokenizer))
     options = _fit_options(config, model, split, tokenizer.pad_token_id)
     # FSDP shards weights of one number format only. A reference keeps the format of its policy.
     is_fsdp = accelerator.distributed_type is DistributedType.FSDP
@@ -283,7 +283,7 @@ def _base_rate(examples: Sequence[Example], head: Head) -> float:
 def _fit_options(config: TrainConfig, model: nn.Module, split: Split, pad_id: int) -> FitOptions:
     """Resolve what depends on model, data and device."""
     on_gpu = pick_device(config.device).type == "cuda"
-    epoch_tokens = sum(len(e.input_ids) for e in split.train)
+    epoch_tokens = LAYOUTS[config.recipe.packing].tokens(split.train)
     rate = config.learning_rate
     if rate is None:
         rate = default_learning_rate(model, lora=config.lora_rank > 0)
@@ -306,12 +306,14 @@ def _announce(split: Split, fitter: Fitter, *, base_rate: float, options: FitOpt
     if not fitter.accelerator.is_main_process:
         return
     tasks = split.tasks()
+    tokens = LAYOUTS[options.packing].tokens(split.train)
     _say(
         f"{len(split.train)} trajectories of {len(tasks.train)} tasks to train on, "
         f"{len(split.held_out)} of {len(tasks.validation)} held out "
         f"({split.dropped_long} dropped as too long, {split.dropped_unlabelled} without labels); "
         f"base rate {base_rate:.3f}; {num_trainable(fitter.raw_model):,} trainable parameters; "
-        f"{options.step_tokens} tokens a step; peak learning rate {options.learning_rate:.2g}"
+        f"{tokens:,} tokens an epoch, {options.step_tokens} a step; "
+        f"peak learning rate {options.learning_rate:.2g}"
     )
 
 
@@ -347,7 +349,12 @@ def _save(
     model = merge_lora(whole.float())
     head, done, options = fitter.head, fitter.done, fitter.options
     held_out = predict(  # in float32, as scoring does
-        model, split.held_out, head, batch_tokens=options.batch_tokens, pad_id=options.pad_id
+        model,
+        split.held_out,
+        head,
+        layout=LAYOUTS[options.packing],
+        batch_tokens=options.batch_tokens,
+        pad_id=options.pad_id,
     )
     calibration = calibrate.fit(
         held_out.margins_P,

@@ -147,6 +147,16 @@ def test_a_split_shares_no_problem_and_leaves_out_what_is_asked(tmp_path):
     assert {row["model"] for row in sides["test"]} == {"m0", "m1", "m2"}
 
 
+def test_drawn_problems_keep_all_their_rows(tmp_path):
+    data = write(tmp_path / "rows.jsonl.gz", [{"problem": f"p {n % 20}"} for n in range(120)])
+    counts = split(
+        PublicSplitConfig(
+            data=data, key="problem", out=tmp_path / "out", train_share=1, train_problems=5
+        )
+    )
+    assert (counts["train_problems"], counts["train_rows"]) == (5, 30)
+
+
 def test_a_small_base_reads_the_texts_it_was_made_from(tmp_path):
     from prm.model import open_config, open_tokenizer
 

@@ -7,15 +7,41 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import BertConfig, BertForMaskedLM
 
+from prm.model import quiet_transformers
 from prm.train import train
-from tests.prm.synthetic import make_base, make_rows, small_config, write_label_folder
+from tests.prm.synthetic import (
+    make_base,
+    make_rows,
+    make_tokenizer,
+    small_config,
+    write_label_folder,
+)
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny base model."""
     return make_base(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base that looks ahead."""
+    config = BertConfig(
+        vocab_size=len(make_tokenizer()),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        initializer_range=0.2,  # rows attend to each other as in a trained model
+    )
+    folder = tmp_path_factory.mktemp("encoder") / "model"
+    with quiet_transformers():
+        BertForMaskedLM(config).save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from prm.data import collate, make_examples
 from prm.fit import FitOptions, Fitter
 from prm.heads import HEADS
+from prm.layout import LAYOUTS
 from prm.model import new_model, open_tokenizer
 from prm.predict import predict
 from prm.schedule import default_learning_rate, learning_rate_at
@@ -75,11 +76,13 @@ def test_a_step_has_the_same_loss_and_gradient_for_any_micro_batch_split(
             assert torch.allclose(one, other, atol=1e-6)
 
 
-def test_predictions_come_in_the_examples_order_for_any_batch_size(base, examples):
+@pytest.mark.parametrize("packing", sorted(LAYOUTS))
+def test_predictions_come_in_the_examples_order_for_any_batch_size(base, examples, packing):
     head = HEADS["value"]
     model = new_model(base, head, base_rate=0.5, seed=0)
-    small = predict(model, examples, head, batch_tokens=150, pad_id=0)
-    large = predict(model, examples, head, batch_tokens=100_000, pad_id=0)
+    layout = LAYOUTS[packing]
+    small = predict(model, examples, head, layout=layout, batch_tokens=150, pad_id=0)
+    large = predict(model, examples, head, layout=LAYOUTS["none"], batch_tokens=100_000, pad_id=0)
     assert small.margins_P == pytest.approx(large.margins_P, abs=1e-5)
     assert small.weights_P.tolist() == [float(n) for e in examples for n in e.rollouts]
 

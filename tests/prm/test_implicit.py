@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from itertools import accumulate
 from types import SimpleNamespace
 
 import pytest
@@ -20,9 +21,10 @@ from transformers import (
 
 from prm.data import Example, collate, make_examples
 from prm.heads import HEADS, get_head
-from prm.implicit import ImplicitModel, log_probs_of, running_sums
+from prm.implicit import ImplicitModel, log_probs_of, plain_network, running_sums
 from prm.model import add_lora, logits_at, merge_lora, new_model, open_tokenizer, quiet_transformers
 from prm.packing import check_packing, collate_packed
+from prm.prefix_tree import check_prefix_sharing, collate_tree
 from prm.recipe import RecipeConfig
 from prm.train import TrainConfig, train
 from prm.training_data import PublicData
@@ -39,7 +41,7 @@ class Bigram(torch.nn.Module):
         super().__init__()
         self.table_VV = torch.nn.Parameter(torch.tensor(table))
 
-    def forward(self, input_ids, logits_to_keep, **_):
+    def forward(self, input_ids, logits_to_keep, **_):  # what is before the last token is no matter
         return SimpleNamespace(logits=self.table_VV[input_ids[:, logits_to_keep]])
 
 
@@ -139,7 +141,7 @@ def test_every_logit_is_the_sum_over_the_written_tokens_before_it(rows, policy, 
                 before = row[t - 1][0]
                 total += beta * float(logs[0][before, token] - logs[1][before, token])
             wanted.append(total)
-    for gather in (collate, collate_packed):
+    for gather in (collate, collate_packed, collate_tree):
         batch = gather(examples, HEAD.targets, pad_id=0, written=True)
         assert logits_at(pair, batch)[:, 0].tolist() == pytest.approx(wanted, abs=1e-4)
 
@@ -151,9 +153,15 @@ def test_every_logit_is_the_sum_over_the_written_tokens_before_it(rows, policy, 
 )
 def test_packed_sums_are_those_of_rows_by_themselves(rows):
     packed = torch.tensor([[v for row in rows for v in row]])
-    places = torch.tensor([[t for row in rows for t in range(len(row))]])
-    wanted = torch.cat([running_sums(torch.tensor([row]), None)[0] for row in rows])
-    assert torch.allclose(running_sums(packed, places)[0], wanted, atol=1e-9)
+    parents, wanted = [], []
+    for row in rows:
+        start = len(parents)
+        parents += [-1, *range(start, start + len(row) - 1)]
+        alone = torch.tensor([[-1, *range(len(row) - 1)]])
+        wanted += running_sums(torch.tensor([row]), alone)[0].tolist()
+        assert wanted[start:] == pytest.approx(list(accumulate(row)), abs=1e-9)
+    # To the last bit: what is packed beside a row plays no part at all.
+    assert running_sums(packed, torch.tensor([parents]))[0].tolist() == wanted
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -162,7 +170,7 @@ def test_log_probabilities_are_in_float32_of_logits_of_any_format(dtype):
     logits = (9 * torch.randn(2, 3, 40, generator=generator)).to(dtype)
     ids = torch.randint(40, (2, 3), generator=generator)
     wanted = logits.double().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-    found = log_probs_of(logits, ids)
+    found = log_probs_of(logits, ids, torch.arange(3))
     assert found.dtype == torch.float32
     assert torch.allclose(found.double(), wanted, atol=1e-5)
 
@@ -188,6 +196,7 @@ def test_rows_packed_padded_and_alone_have_the_same_logits_and_gradients(base):
     batches = [
         [collate(examples, HEAD.targets, pad_id=0, written=True)],
         [collate_packed(examples, HEAD.targets, pad_id=0, written=True)],
+        [collate_tree(examples, HEAD.targets, pad_id=0, written=True)],
         [collate([e], HEAD.targets, pad_id=0, written=True) for e in examples],
     ]
     found = []
@@ -250,7 +259,7 @@ def test_a_batch_in_which_nothing_is_written_has_gradients_of_zero(base):
 
 def test_rows_that_do_not_know_who_wrote_them_are_refused():
     row = example_of((1, 2, 3), (2,), None, rollouts=(4,), correct=(1,))
-    for gather in (collate, collate_packed):
+    for gather in (collate, collate_packed, collate_tree):
         with pytest.raises(InputError, match="which tokens of a row the agent wrote is not known"):
             gather([row], HEAD.targets, pad_id=0, written=True)
 
@@ -284,13 +293,14 @@ def test_merged_adapters_score_as_before_and_only_they_are_trained(base):
 
 def test_packing_is_tried_on_a_base_whose_two_copies_do_not_differ_yet(base, monkeypatch):
     pair = new_model(base, HEAD, base_rate=0.3, seed=0)
-    check_packing(pair, vocabulary=250)
+    check_packing(plain_network(pair), vocabulary=250)
+    check_prefix_sharing(plain_network(pair), vocabulary=250)
     forward = pair.reference.forward
     monkeypatch.setattr(  # a base that does not look at position ids
         pair.reference, "forward", lambda position_ids=None, **rest: forward(**rest)
     )
     with pytest.raises(InputError, match="packed rows would see each other"):
-        check_packing(pair, vocabulary=250)
+        check_packing(plain_network(pair), vocabulary=250)
 
 
 def test_beta_is_named_with_the_head():

@@ -184,7 +184,7 @@ def test_a_reference_that_does_not_load_is_refused(implicit_folder, tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_an_interrupted_run_continues_to_the_same_bytes(base, labels, tmp_path, monkeypatch, rank):
-    recipe = RecipeConfig(packing=True)
+    recipe = RecipeConfig(packing="rows")
     whole = small_config(
         base, labels, tmp_path / "whole", head="implicit", epochs=2, patience=0, lora_rank=rank,
         recipe=recipe,
@@ -215,10 +215,20 @@ def test_an_interrupted_run_continues_to_the_same_bytes(base, labels, tmp_path, 
 def test_training_packed_gives_the_weights_of_training_padded(base, labels, tmp_path):
     padded = small_config(base, labels, tmp_path / "padded", head="implicit", epochs=1)
     train(padded)
-    train(replace(padded, out=tmp_path / "packed", recipe=RecipeConfig(packing=True)))
+    train(replace(padded, out=tmp_path / "packed", recipe=RecipeConfig(packing="rows")))
     one, two = (load_metadata(tmp_path / n).training for n in ("padded", "packed"))
     assert one["held_out_loss"] == pytest.approx(two["held_out_loss"], abs=1e-4)
     assert one["steps"] == two["steps"]
+
+
+def test_training_with_shared_prefixes_learns(base, labels, tmp_path):
+    config = small_config(
+        base, labels, tmp_path / "prm", head="implicit", epochs=4, patience=0,
+        recipe=RecipeConfig(packing="prefixes"),
+    )  # fmt: skip
+    train(config)
+    training = load_metadata(config.out).training
+    assert training["held_out_nll"] < 0.9 * training["base_rate_nll"]
 
 
 @pytest.mark.parametrize(("rank", "precision"), [(4, "float32"), (4, "bfloat16"), (0, "bfloat16")])

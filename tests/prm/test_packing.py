@@ -4,16 +4,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import BertConfig, BertForMaskedLM
 
 from prm.checkpoint import load_metadata
 from prm.data import collate, make_examples
 from prm.heads import HEADS
-from prm.model import logits_at, new_model, open_tokenizer, quiet_transformers
+from prm.model import logits_at, new_model, open_tokenizer
 from prm.packing import check_packing, collate_packed, fill_lines, group_packed
 from prm.recipe import RecipeConfig
 from prm.train import train
-from tests.prm.synthetic import label_row, make_tokenizer, make_trajectory, small_config
+from tests.prm.synthetic import label_row, make_trajectory, small_config
 from trajectory.errors import InputError
 
 
@@ -94,25 +93,13 @@ def test_a_row_does_not_see_what_is_packed_beside_it(base):
 def test_training_packed_gives_the_weights_of_training_padded(base, labels, tmp_path):
     padded = small_config(base, labels, tmp_path / "padded", epochs=1)
     train(padded)
-    train(replace(padded, out=tmp_path / "packed", recipe=RecipeConfig(packing=True)))
+    train(replace(padded, out=tmp_path / "packed", recipe=RecipeConfig(packing="rows")))
     one, two = (load_metadata(tmp_path / n).training for n in ("padded", "packed"))
     assert one["held_out_loss"] == pytest.approx(two["held_out_loss"], abs=1e-4)
     assert one["steps"] == two["steps"]
 
 
-def test_an_encoder_would_mix_rows_and_is_refused(labels, tmp_path):
-    config = BertConfig(
-        vocab_size=len(make_tokenizer()),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        initializer_range=0.2,  # rows attend to each other as in a trained model
-    )
-    folder = tmp_path / "bert"
-    with quiet_transformers():
-        BertForMaskedLM(config).save_pretrained(folder)
-        make_tokenizer().save_pretrained(folder)
-    model = new_model(folder, HEADS["binary"], base_rate=0.5, seed=0)
+def test_an_encoder_would_mix_rows_and_is_refused(encoder):
+    model = new_model(encoder, HEADS["binary"], base_rate=0.5, seed=0)
     with pytest.raises(InputError, match="packed rows would see each other"):
-        check_packing(model, vocabulary=config.vocab_size)
+        check_packing(model, vocabulary=20)
