@@ -151,8 +151,8 @@ class ScoringQueue:
         Returns
         -------
         Future of list of array
-            Raw log-odds of every prefix, in the order given. Cancelling it takes what has not
-            been scored yet out of the queue.
+            Raw log-odds of every scored position, in the order given. Cancelling it takes what has
+            not been scored yet out of the queue.
 
         Raises
         ------

@@ -95,7 +95,7 @@ class ScoreResponse(BaseModel):
     """Answer of ``POST /score``, in the order of the request."""
 
     scores: list[dict[str, Any]]
-    """`StepScores` records: one value per prefix 0..S."""
+    """`StepScores` records: one value per prefix 0..S, and per step one for each of its calls."""
     aggregates: list[float]
     """One number per trajectory, by ``aggregation``."""
     aggregation: str
@@ -136,8 +136,8 @@ class _Service:
             raise _FieldError([name], str(error)) from None
         margins = await asyncio.wrap_future(self.queue.submit(rendered))
         scores = [
-            self.scorer.scores_of(trajectory, margins_P, calibrated=body.calibrated)
-            for trajectory, margins_P in zip(trajectories, margins, strict=True)
+            self.scorer.scores_of(trajectory, row, margins_P, calibrated=body.calibrated)
+            for trajectory, row, margins_P in zip(trajectories, rendered, margins, strict=True)
         ]
         aggregation = self.scorer.metadata.aggregation
         return ScoreResponse(

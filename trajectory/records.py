@@ -285,6 +285,23 @@ class StepScores:
     """``value`` (probability of eventual success) or ``correctness`` (of the step itself)."""
     position: str
     """``observation`` (scored after seeing the result) or ``action`` (before)."""
+    calls: tuple[tuple[float, ...], ...] = ()
+    """Per step 1..S one score per call, in call order, as of the moment when the results of the
+    turn's calls up to this one are known; a step's last is its own, ``values[t]``. () for a step
+    without calls. Empty in files written before calls were scored."""
+
+    def __post_init__(self) -> None:
+        if self.calls and len(self.calls) != len(self.values) - 1:
+            raise ValueError(
+                f"{self.trajectory_id}: scores of the calls of {len(self.calls)} steps, but "
+                f"{len(self.values)} prefixes"
+            )
+        for t, scores in enumerate(self.calls, start=1):
+            if scores and scores[-1] != self.values[t]:
+                raise ValueError(
+                    f"{self.trajectory_id}: step {t} scores {self.values[t]}, but its last call "
+                    f"{scores[-1]}: both are of the state after the step"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
