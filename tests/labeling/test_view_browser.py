@@ -9,7 +9,7 @@ import pytest
 
 from labeling.view import ViewConfig, view
 from tests.examples import make_scores, make_step
-from tests.labeling.pages import folder_of, hostile_row, row_with, small_rows
+from tests.labeling.pages import folder_of, hostile_row, row_with, several_calls, small_rows
 from trajectory.records import Observation
 from trajectory.store import read_labels, write_jsonl
 
@@ -140,6 +140,15 @@ def test_scores_stand_beside_the_values(open_page, small, tmp_path):
     page.keyboard.press("j")
     assert page.locator(".mark").count() == 0
     assert "c0ffee" in text_of(page, "#charts")
+
+
+def test_each_of_several_calls_shows_its_score(open_page, tmp_path):
+    row, scores = several_calls()
+    write_jsonl(tmp_path / "scores.jsonl", [scores])
+    page = open_page(folder_of(tmp_path / "labels", [row]), scores=tmp_path / "scores.jsonl")
+    labels = page.locator("#step-2 .observation .label").all_inner_texts()
+    assert ["◆ 0.654" in labels[0], "◆ 0.500" in labels[1]] == [True, True]
+    assert "◆" not in text_of(page, "#step-1 .observation .label")
 
 
 def test_filters_and_orders(open_page, small):

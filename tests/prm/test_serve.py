@@ -20,10 +20,10 @@ from prm.remote import TOKEN_VARIABLE, RemoteScorer
 from prm.score import Scorer
 from prm.serve import ServeConfig, read_token
 from tests.prm.loopback import serving
-from tests.prm.synthetic import make_trajectory
+from tests.prm.synthetic import make_trajectory, make_turns
 from trajectory.codec import to_json
 from trajectory.errors import InputError
-from trajectory.formats import to_messages
+from trajectory.formats import from_messages, to_messages
 from trajectory.records import Step
 
 NO_RETRY = urllib3.PoolManager(maxsize=64, retries=False, timeout=60)
@@ -67,14 +67,18 @@ def metrics_of(url):
 
 
 def test_trajectories_get_the_scores_they_get_in_process(url, scorer):
-    trajectories = runs(5)
+    trajectories = [*runs(5), make_turns("+-", "", "-+-", task="several")]
     for calibrated in (True, False):
         body = {"trajectories": [to_json(t) for t in trajectories], "calibrated": calibrated}
         answer = post(url, body).json()
         expected = scorer.score(trajectories, calibrated=calibrated)
         for found, wanted in zip(answer["scores"], expected, strict=True):
             assert found["values"] == pytest.approx(wanted.values, abs=1e-5)
-            assert found | {"values": []} == to_json(replace(wanted, values=())) | {"values": []}
+            assert [len(c) for c in found["calls"]] == [len(c) for c in wanted.calls]
+            for one, other in zip(found["calls"], wanted.calls, strict=True):
+                assert one == pytest.approx(other, abs=1e-5)
+            bare = {"values": [], "calls": []}
+            assert found | bare == to_json(replace(wanted, values=(), calls=()))
         last = [s["values"][-1] for s in answer["scores"]]
         assert (answer["aggregation"], answer["aggregates"]) == ("last", last)
 
@@ -93,6 +97,28 @@ def test_messages_get_the_scores_of_the_trajectory_they_are(url, scorer):
     assert post(url, {"messages": parts}).json()["aggregates"] == pytest.approx(
         answer["aggregates"], abs=1e-6
     )
+
+
+def test_messages_get_a_score_per_call_in_call_order_whatever_the_order_of_results(url, scorer):
+    trajectory = make_turns("+-+", "", "-+", task="several")
+    messages = to_messages(trajectory)
+    results = [i for i, m in enumerate(messages) if m["role"] == "tool"]
+    assert results == [2, 3, 4, 7, 8]
+    shuffled = [messages[i] for i in (0, 1, 4, 2, 3, 5, 6, 8, 7)]
+    ordered, other = (
+        post(url, {"messages": m, "trajectory_id": "t"}).json()["scores"][0]
+        for m in (messages, shuffled)
+    )
+    assert other == ordered | {
+        "values": pytest.approx(ordered["values"], abs=1e-6),
+        "calls": [pytest.approx(c, abs=1e-6) for c in ordered["calls"]],
+    }
+    assert [len(c) for c in ordered["calls"]] == [3, 0, 2]
+    read = from_messages(shuffled, trajectory_id="t", task=trajectory.task)
+    (expected,) = scorer.score([read])
+    for found, wanted in zip(ordered["calls"], expected.calls, strict=True):
+        assert found == pytest.approx(wanted, abs=1e-5)
+    assert len({v for c in ordered["calls"] for v in c}) == 5
 
 
 def test_an_empty_list_gets_an_empty_answer(url):
@@ -251,7 +277,7 @@ def test_a_full_queue_is_429_and_the_client_comes_back(scorer):
 
 
 def test_a_remote_scorer_gives_what_a_scorer_gives(url, scorer):
-    trajectories = runs(21)
+    trajectories = [*runs(20), make_turns("+-", "", "-+-", task="several")]
     remote = RemoteScorer(url, per_request=4, concurrency=3)
     for calibrated in (True, False):
         found = remote.score(trajectories, calibrated=calibrated)
@@ -259,7 +285,9 @@ def test_a_remote_scorer_gives_what_a_scorer_gives(url, scorer):
             found, scorer.score(trajectories, calibrated=calibrated), strict=True
         ):
             assert one.values == pytest.approx(other.values, abs=1e-5)
-            assert replace(one, values=other.values) == other
+            for ours, wanted in zip(one.calls, other.calls, strict=True):
+                assert ours == pytest.approx(wanted, abs=1e-5)
+            assert replace(one, values=other.values, calls=other.calls) == other
     assert remote.score([]) == []
 
 
