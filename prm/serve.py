@@ -3,7 +3,7 @@
 ``POST /score`` takes trajectories, as records or as one conversation in OpenAI messages, and
 answers their step scores; ``GET /health`` says what is served, ``GET /metrics`` is for Prometheus.
 Requests that arrive together share forward passes (`prm.batching`); who may ask and how much stands
-in `prm.gate`. A client that leaves before its answer is no longer worked for. Everything is kept per
+in `prm.gate`. What a client that leaves has waiting is not scored. Everything is kept per
 application, so several can live in one process.
 """
 

@@ -279,6 +279,13 @@ def test_a_full_queue_is_429_and_the_client_comes_back(scorer):
         assert patient.result(30) == scorer.score(runs(1))
 
 
+def wait_for(url, value, *name):
+    """Wait until the server counts this many, at most half a minute."""
+    end = time.monotonic() + 30
+    while metrics_of(url).get(name) != value:
+        assert time.monotonic() < end, f"{name} is not {value}"
+
+
 def test_a_client_that_leaves_while_it_waits_is_not_scored(scorer):
     held, gone = Held(scorer), runs(3, seed=9)
     with serving(held, max_waiting=3) as url, ThreadPoolExecutor(2) as pool:
@@ -291,24 +298,17 @@ def test_a_client_that_leaves_while_it_waits_is_not_scored(scorer):
                 b"POST /score HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
                 b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
             )
-            wait_for(url, "prm_waiting_trajectories", 3)
+            wait_for(url, 3, "prm_waiting_trajectories")
             assert post(url, {"trajectories": [to_json(gone[0])]}).status == 429
-        wait_for(url, "prm_waiting_trajectories", 0)
+        wait_for(url, 1, "prm_requests_total", "/score", "499")
         counted = metrics_of(url)
         assert counted["prm_dropped_trajectories_total",] == 3
-        assert counted["prm_requests_total", "/score", "499"] == 1
+        assert counted["prm_waiting_trajectories",] == 0
         second = pool.submit(post, url, {"trajectories": [to_json(runs(2)[1])]})
-        wait_for(url, "prm_waiting_trajectories", 1)
+        wait_for(url, 1, "prm_waiting_trajectories")
         held.go.set()
         assert (first.result(30).status, second.result(30).status) == (200, 200)
     assert held.scored == [len(r.input_ids) for r in scorer.render(runs(2))]
-
-
-def wait_for(url, name, value):
-    """Wait until the server counts this many, at most half a minute."""
-    end = time.monotonic() + 30
-    while metrics_of(url)[name,] != value:
-        assert time.monotonic() < end, f"{name} is not {value}"
 
 
 def test_a_remote_scorer_gives_what_a_scorer_gives(url, scorer):
