@@ -1,4 +1,4 @@
-"""Scoring: one forward pass gives the score of every prefix of a trajectory.
+"""Scoring: one forward pass gives the score of every prefix of a trajectory and of every call.
 
 `Scorer` is the library's front door for reward-model scores; ``prm score`` runs it over a file.
 `aggregate` (from `prm.aggregations`) turns a trajectory's scores into one number.
@@ -48,7 +48,7 @@ class Scorer:
     Examples
     --------
     Load with ``scorer = Scorer.load("runs/prm")``, then ``scorer.score(trajectories)[0].values``
-    holds one score per prefix 0..S.
+    holds one score per prefix 0..S, ``.calls`` one per call of each step.
     """
 
     def __init__(

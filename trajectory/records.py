@@ -8,8 +8,9 @@ prefix 0 is the task prompt alone. Evidence, labels and scores are all indexed b
 holds S + 1 entries, ``values[t - 1]`` is the value before step ``t`` and ``values[t]`` the value
 after it, and progress ``values[t] - values[t - 1]`` exists for every step.
 
-The unit of scoring is the step (thought + tool calls + observations). Its boundary is structural:
-no separator token exists that a tool's output could forge.
+The unit of scoring is the step (thought + tool calls + observations); where it makes several calls,
+each of them is scored beside it. Boundaries are structural: no separator token exists that a tool's
+output could forge.
 """
 
 from __future__ import annotations
@@ -274,7 +275,7 @@ class StepLabels:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepScores:
-    """What a PRM says of every prefix of one trajectory."""
+    """What a PRM says of every prefix of one trajectory, and of every call inside its steps."""
 
     trajectory_id: str
     checkpoint: str
