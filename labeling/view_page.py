@@ -105,7 +105,9 @@ def detail_entry(row: LabelledTrajectory, scores: StepScores | None = None) -> d
         rollouts, ``p`` the policy.
     """
     run = row.trajectory
-    calls = [()] * run.num_steps if scores is None or not scores.calls else scores.calls
+    calls: Sequence[Sequence[float]] = [()] * run.num_steps
+    if scores is not None and scores.calls:
+        calls = scores.calls
     revision = f" @ {run.policy_revision}" if run.policy_revision else ""
     return {
         "s": [_step(step, s) for step, s in zip(run.steps, calls, strict=True)],

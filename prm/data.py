@@ -196,7 +196,7 @@ def places(example: Example, targets: Targets, *, inner: bool) -> list[Place]:
     >>> [tuple(place) for place in places(example, targets, inner=True)]
     [(1, 0.5, 4.0), (5, 0.25, 2.0), (8, 0.25, 2.0)]
     """
-    found = []
+    found: list[Place] = []
     rows = zip(example.positions, targets.values, targets.weights, strict=True)
     for t, (position, target, weight) in enumerate(rows):
         calls = example.calls[t - 1] if inner and t and example.calls else ()
