@@ -227,9 +227,7 @@ def test_scores_stand_beside_the_labels_of_their_trajectory(tmp_path):
 
 
 def test_a_turn_of_several_calls_has_a_score_per_call(tmp_path):
-    row, scores = several_calls()
-    write_jsonl(tmp_path / "scores.jsonl", [scores])
-    folder = folder_of(tmp_path / "labels", [row])
+    folder, scores = several_calls(tmp_path)
     page, _ = page_of(folder, tmp_path, scores=tmp_path / "scores.jsonl")
     assert [step["p"] for step in page.details[0]["s"]] == [None, [0.6543, 0.5], None]
     write_jsonl(tmp_path / "scores.jsonl", [replace(scores, calls=())])  # of an older version
