@@ -17,7 +17,9 @@ The heads:
   them is the same as the base's probabilities renormalised over the two words; that keeps the
   checkpoint a plain token classifier, which loads and serves like every other.
 - ``ranking``: steps of one trajectory compared with each other (PQM, arXiv:2410.11287). Its scores
-  are no log-odds before calibration.
+  are no log-odds before calibration. The calls inside a turn are no targets of it: they have the
+  turn's label, and comparing them with the turn's end would demand that a good turn's score rises
+  with every call.
 
 Dimension letters beside the project's own: P scored positions, C classes.
 """
@@ -57,6 +59,9 @@ class Head:
     batch's weights."""
     margin: Callable[[torch.Tensor], torch.Tensor]
     """Logits of shape (..., C) to log-odds of shape (...)."""
+    inner: bool = True
+    """Whether the calls inside a turn are trained too, towards the turn's own targets; see
+    `prm.data`."""
     words: bool = False
     """Whether the classes are words of the base, whose rows of its language-model head the
     classification layer begins with; else it begins at the base rate."""
@@ -144,6 +149,7 @@ HEADS: dict[str, Head] = {
         targets=label_targets,
         loss=_ranking_loss,
         margin=_single_margin,
+        inner=False,
     ),
 }
 

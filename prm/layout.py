@@ -32,9 +32,14 @@ class Collate(Protocol):
     """Makes the tensors of one forward pass."""
 
     def __call__(
-        self, examples: Sequence[Example], target: Callable[[Example], Targets], *, pad_id: int
+        self,
+        examples: Sequence[Example],
+        target: Callable[[Example], Targets],
+        *,
+        pad_id: int,
+        inner: bool = False,
     ) -> Batch:
-        """Keep the examples' order among the scored positions."""
+        """Keep the examples' order among the scored positions; ``inner``: see `prm.data.places`."""
         ...
 
 

@@ -134,7 +134,7 @@ def test_a_folder_that_is_no_prm_is_refused(base):
     [
         ({"schema_version": "2.0"}, "schema version 2.0, this version reads 1.1"),
         ({"schema_version": None}, "schema version None"),
-        ({"rendering": 99}, "rendering 99, this version renders 1"),
+        ({"rendering": 1}, "rendering 1, this version renders 2"),
         ({"head": "worth"}, "prm.json: unknown head 'worth'; heads: binary, ranking, token, value"),
         ({"kind": "correctness"}, "head 'value' is of kind 'value', not 'correctness'"),
         ({"position": "middle"}, "position: Input should be 'observation' or 'action'"),
