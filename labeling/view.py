@@ -125,20 +125,26 @@ def _manifest_of(folder: Path) -> Manifest | None:
 
 def _scores_for(path: Path, rows: Sequence[LabelledTrajectory]) -> dict[str, StepScores]:
     """Read the scores of these trajectories, by id; scores of others are passed over."""
-    sizes = {row.trajectory.trajectory_id: row.trajectory.num_steps + 1 for row in rows}
+    steps = {row.trajectory.trajectory_id: row.trajectory.steps for row in rows}
     found: dict[str, StepScores] = {}
     for scores in read_jsonl(path, StepScores):
         name = scores.trajectory_id
-        if name not in sizes:
+        if name not in steps:
             continue
         if name in found:
             raise InputError(f"{path} scores trajectory {name!r} twice: give one PRM's scores")
-        if len(scores.values) != sizes[name]:
+        if len(scores.values) != len(steps[name]) + 1:
             raise InputError(
                 f"{path} has {len(scores.values)} scores for trajectory {name!r}, which has "
-                f"{sizes[name]} states: score the folder's own trajectories.jsonl"
+                f"{len(steps[name]) + 1} states: score the folder's own trajectories.jsonl"
             )
-        if not all(0 <= value <= 1 for value in scores.values):
+        calls = [len(one) for one in scores.calls]
+        if calls and calls != [len(step.calls) for step in steps[name]]:
+            raise InputError(
+                f"{path} has scores for {calls} calls in the steps of trajectory {name!r}, which "
+                "makes others: score the folder's own trajectories.jsonl"
+            )
+        if not all(0 <= value <= 1 for one in (scores.values, *scores.calls) for value in one):
             raise InputError(f"{path}: a score of trajectory {name!r} is not in [0, 1]")
         found[name] = scores
     if not found:

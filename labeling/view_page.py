@@ -93,20 +93,24 @@ def index_entry(row: LabelledTrajectory, scores: StepScores | None = None) -> di
     }
 
 
-def detail_entry(row: LabelledTrajectory) -> dict[str, JsonValue]:
+def detail_entry(row: LabelledTrajectory, scores: StepScores | None = None) -> dict[str, JsonValue]:
     """Return what is shown of one trajectory only once it is selected.
 
     Returns
     -------
     dict
         ``s`` steps (``x`` text, ``m`` injected fault, ``c`` calls as name and arguments, ``o``
-        observations as content, error and seconds), ``t`` tokens written, ``r`` tokens of its
+        observations as content, error and seconds, ``p`` the reward model's score after each
+        result where there are several, else null), ``t`` tokens written, ``r`` tokens of its
         rollouts, ``p`` the policy.
     """
     run = row.trajectory
+    calls: Sequence[Sequence[float]] = [()] * run.num_steps
+    if scores is not None and scores.calls:
+        calls = scores.calls
     revision = f" @ {run.policy_revision}" if run.policy_revision else ""
     return {
-        "s": [_step(step) for step in run.steps],
+        "s": [_step(step, s) for step, s in zip(run.steps, calls, strict=True)],
         "t": run.num_generated_tokens,
         "r": row.evidence.tokens,
         "p": f"{run.policy}{revision}",
@@ -206,7 +210,10 @@ def write_page(
         "SCRIPT": [script],
         "SUMMARY": [embed(dict(summary))],
         "INDEX": _array(index),
-        "DETAILS": (embed(detail_entry(row)) + "\n" for row in rows),
+        "DETAILS": (
+            embed(detail_entry(row, scores.get(row.trajectory.trajectory_id))) + "\n"
+            for row in rows
+        ),
     }
     # Only the template is searched for markers, so that no trajectory's text can be one.
     for place, piece in enumerate(_MARKER.split(page)):
@@ -251,11 +258,12 @@ def _rounded(values: Sequence[float | None]) -> list[JsonValue]:
     return [None if value is None else round(value, _DIGITS) for value in values]
 
 
-def _step(step: Step) -> dict[str, JsonValue]:
-    """Return one step's entry."""
+def _step(step: Step, scores: Sequence[float]) -> dict[str, JsonValue]:
+    """Return one step's entry; the score of a single call is the step's own and not said twice."""
     return {
         "x": step.text,
         "m": step.perturbation,
         "c": [[call.name, call.arguments] for call in step.calls],
         "o": [[o.content, o.error, round(o.seconds, 6)] for o in step.observations],
+        "p": _rounded(scores) if len(scores) > 1 else None,
     }

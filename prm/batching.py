@@ -3,7 +3,7 @@
 One thread scores. While it is busy, whatever arrives waits in a bounded queue in order of arrival,
 and the next batch takes from its front up to a budget of tokens. A full queue refuses at once, with
 the time after which trying again makes sense, so that waiting is visible to clients and memory is
-bounded.
+bounded. What a request that is given up has waiting makes room at once.
 """
 
 from __future__ import annotations
@@ -151,8 +151,7 @@ class ScoringQueue:
         Returns
         -------
         Future of list of array
-            Raw log-odds of every prefix, in the order given. Cancelling it takes what has not
-            been scored yet out of the queue.
+            Raw log-odds of every scored position, in the order given; `give_up` ends it early.
 
         Raises
         ------
@@ -173,6 +172,21 @@ class ScoringQueue:
             self._waiting_tokens += sum(len(r.input_ids) for r in rendered)
             self._changed.notify()
         return future
+
+    def give_up(self, future: Future[list[Array]]) -> int:
+        """Take what still waits of a request out of the queue and cancel its future.
+
+        Returns
+        -------
+        int
+            Trajectories taken out. Those in the batch that is being scored are not among them.
+        """
+        with self._changed:
+            waiting = self._rows
+            self._rows = deque(row for row in waiting if row.job.future is not future)
+            self._waiting_tokens = sum(len(row.rendered.input_ids) for row in self._rows)
+            future.cancel()
+        return len(waiting) - len(self._rows)
 
     def close(self) -> None:
         """Take no more, score what waits, and end the thread; may be called twice."""
@@ -211,7 +225,7 @@ class ScoringQueue:
                 self._changed.wait()
 
     def _take(self) -> list[_Row]:
-        """Take rows from the front up to the token budget, passing over given-up requests."""
+        """Take rows from the front up to the token budget, passing over failed requests."""
         rows: list[_Row] = []
         tokens = 0
         while self._rows:
@@ -220,7 +234,7 @@ class ScoringQueue:
                 break
             row = self._rows.popleft()
             self._waiting_tokens -= length
-            if not row.job.future.done():  # neither cancelled nor failed by another of its rows
+            if not row.job.future.done():  # not failed by another of its rows
                 rows.append(row)
                 tokens += length
         return rows

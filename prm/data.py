@@ -2,6 +2,14 @@
 
 Rows are never cut: one that is too long is an error or dropped and counted.
 
+What is known of a turn belongs to its end: rollouts start there. The positions after each result of
+a turn of several calls but the last (*inner* positions) are trained with the same counts or label,
+for their score is ``E[V(s_t) | turn t, observations 1..j]`` (`prm.rendering`), and by the tower
+property ``E[E[y | s_t] | turn t, observations 1..j] = E[y | turn t, observations 1..j]``: what was
+drawn at the end of the turn is an unbiased sample for its inner positions as well. The k positions
+of a turn weigh 1/k each, so that a turn weighs the same however many calls it makes. Whatever
+measures (held-out loss, calibration, metrics) is of prefixes alone.
+
 Dimension letters beside the project's own: P scored positions.
 """
 
@@ -10,7 +18,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -48,10 +56,22 @@ class Example:
     """The estimator's label per prefix; None where unknown."""
     task_id: str
     trajectory_id: str
+    calls: tuple[tuple[int, ...], ...] = ()
+    """Per step, the token index at which each of its calls is scored; the last is the step's own.
+    Empty: prefixes alone are scored."""
     written: tuple[tuple[int, int], ...] | None = None
     """First token and end of every part that the agent wrote; None if not known."""
 
     def __post_init__(self) -> None:
+        steps = self.positions[1:]
+        if self.calls and (
+            len(self.calls) != len(steps)
+            or any(c and c[-1] != p for c, p in zip(self.calls, steps, strict=True))
+        ):
+            raise InputError(
+                f"row {self.trajectory_id}: its steps end at tokens {steps}, their calls at "
+                f"{self.calls}; give every step's calls, the last ending where the step does"
+            )
         sizes = [len(self.positions), len(self.rollouts), len(self.correct), len(self.values)]
         if len(set(sizes)) != 1:
             raise InputError(
@@ -80,7 +100,7 @@ class Batch:
     """1 on real tokens; padding is on the right."""
     rows_P: torch.Tensor
     columns_P: torch.Tensor
-    """Row and token index of every scored position, rows in order, prefixes in order."""
+    """Row and token index of every scored position, rows in order, tokens in order."""
     targets_P: torch.Tensor
     weights_P: torch.Tensor
     lines_P: torch.Tensor | None = None
@@ -150,8 +170,50 @@ def _example(row: LabelledTrajectory, rendered: Rendered, *, mask_start: bool) -
         values=tuple(values),
         task_id=row.trajectory.task.task_id,
         trajectory_id=row.trajectory.trajectory_id,
+        calls=rendered.calls,
         written=rendered.written,
     )
+
+
+class Place(NamedTuple):
+    """A scored position of an example with what it is trained towards."""
+
+    column: int
+    """Token index in the example."""
+    target: float
+    weight: float
+
+
+def places(example: Example, targets: Targets, *, inner: bool) -> list[Place]:
+    """List an example's scored positions in the order of its tokens.
+
+    Parameters
+    ----------
+    example : Example
+        S steps.
+    targets : Targets
+        What a head makes of its prefixes 0..S.
+    inner : bool
+        Whether the calls inside a turn are scored too; the positions of a turn then share its
+        weight, and where they are one (position ``action``) it is undivided.
+
+    Examples
+    --------
+    >>> example = Example(
+    ...     input_ids=(7,) * 9, positions=(1, 8), calls=((5, 8),), rollouts=(4, 4), correct=(2, 1),
+    ...     values=(0.5, 0.25), task_id="t", trajectory_id="t/0",
+    ... )
+    >>> targets = Targets(values=(0.5, 0.25), weights=(4.0, 4.0))
+    >>> [tuple(place) for place in places(example, targets, inner=True)]
+    [(1, 0.5, 4.0), (5, 0.25, 2.0), (8, 0.25, 2.0)]
+    """
+    found: list[Place] = []
+    rows = zip(example.positions, targets.values, targets.weights, strict=True)
+    for t, (position, target, weight) in enumerate(rows):
+        calls = example.calls[t - 1] if inner and t and example.calls else ()
+        columns = dict.fromkeys((*calls, position))  # distinct, in order
+        found += [Place(column, target, weight / len(columns)) for column in columns]
+    return found
 
 
 def keep_short(
@@ -249,22 +311,23 @@ def collate(
     target: Callable[[Example], Targets],
     *,
     pad_id: int,
+    inner: bool = False,
     written: bool = False,
 ) -> Batch:
-    """Pad examples on the right and gather their scored positions and targets.
+    """Pad examples on the right and gather their scored positions and targets (see `places`).
 
     With ``written``, the batch also says which tokens the agent wrote.
     """
-    targets = [target(e) for e in examples]
+    scored = [places(e, target(e), inner=inner) for e in examples]
+    flat = [(row, place) for row, found in enumerate(scored) for place in found]
     input_ids_BT, attention_mask_BT = pad([e.input_ids for e in examples], pad_id=pad_id)
-    rows = [row for row, e in enumerate(examples) for _ in e.positions]
     return Batch(
         input_ids_BT=input_ids_BT,
         attention_mask_BT=attention_mask_BT,
-        rows_P=torch.tensor(rows),
-        columns_P=torch.tensor([p for e in examples for p in e.positions]),
-        targets_P=torch.tensor([v for t in targets for v in t.values], dtype=torch.float32),
-        weights_P=torch.tensor([w for t in targets for w in t.weights], dtype=torch.float32),
+        rows_P=torch.tensor([row for row, _ in flat]),
+        columns_P=torch.tensor([place.column for _, place in flat]),
+        targets_P=torch.tensor([place.target for _, place in flat], dtype=torch.float32),
+        weights_P=torch.tensor([place.weight for _, place in flat], dtype=torch.float32),
         written_BT=mark_written(examples, input_ids_BT) if written else None,
     )
 
@@ -273,7 +336,7 @@ def mark_written(
     rows: Sequence[Example | Rendered],
     like_BT: torch.Tensor,
     *,
-    places: Sequence[tuple[int, int]] | None = None,
+    starts: Sequence[tuple[int, int]] | None = None,
 ) -> torch.Tensor:
     """Mark the tokens that the agent wrote.
 
@@ -283,7 +346,7 @@ def mark_written(
         With their written parts.
     like_BT : Tensor, shape (B, T)
         Token ids that hold the rows.
-    places : sequence of (int, int), optional
+    starts : sequence of (int, int), optional
         Line of each row and where it begins there; by default every row has a line of its own.
 
     Returns
@@ -299,7 +362,7 @@ def mark_written(
     """
     mask_BT = torch.zeros_like(like_BT, dtype=torch.bool)
     for number, row in enumerate(rows):
-        line, start = (number, 0) if places is None else places[number]
+        line, start = (number, 0) if starts is None else starts[number]
         if row.written is None:
             raise InputError(
                 "which tokens of a row the agent wrote is not known, and this head asks: make rows "

@@ -241,7 +241,7 @@ class Fitter:
                 rows = [example for batch in examples for example in batch]
                 self.done.diverged = (
                     f"loss {loss}, gradient norm {norm} at step {self.done.step}; "
-                    f"{broken_rows(rows, self.predict(rows))}"
+                    f"{broken_rows(rows, self.predict(rows, inner=self.head.inner))}"
                 )
                 break
             self.done.step += 1
@@ -255,7 +255,13 @@ class Fitter:
         head, collate = self.head, self._layout.collate
         loss = self.accumulate(
             [
-                collate(b, head.targets, pad_id=self.options.pad_id, written=head.is_log_ratio)
+                collate(
+                    b,
+                    head.targets,
+                    pad_id=self.options.pad_id,
+                    inner=head.inner,
+                    written=head.is_log_ratio,
+                )
                 for b in batches
             ]
         )
@@ -326,8 +332,8 @@ class Fitter:
         log.log(self.done.step, {**last, "held_out/loss": loss, "epoch": float(self.done.epoch)})
         self._save(better=better)
 
-    def predict(self, examples: Sequence[Example]) -> Predictions:
-        """Say what the present weights predict of examples."""
+    def predict(self, examples: Sequence[Example], *, inner: bool = False) -> Predictions:
+        """Say what the present weights predict of examples, of the calls inside turns if asked."""
         options = self.options
         return predict(
             self.model,
@@ -337,6 +343,7 @@ class Fitter:
             batch_tokens=options.batch_tokens,
             pad_id=options.pad_id,
             bfloat16=options.bfloat16,
+            inner=inner,
         )
 
     def _save(self, *, better: bool) -> None:

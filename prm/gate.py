@@ -1,4 +1,4 @@
-"""What stands before the routes of `prm serve`: the token, the size limit, and the meters."""
+"""What stands around the routes of `prm serve`: token, size limit, meters, and who still waits."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from starlette.responses import JSONResponse
 from prm.batching import BatchReport
 
 if TYPE_CHECKING:
+    from starlette.requests import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _ROUTES = ("/score", "/health", "/metrics")
@@ -64,6 +65,11 @@ class Meters:
             buckets=_TOKENS,
             registry=self._registry,
         )
+        self._dropped = Counter(
+            "prm_dropped_trajectories",
+            "Trajectories not scored because their client had left",
+            registry=self._registry,
+        )
         self._waiting = Gauge(
             "prm_waiting_trajectories", "Trajectories that wait", registry=self._registry
         )
@@ -84,9 +90,19 @@ class Meters:
         self._busy_seconds.inc(report.seconds)
         self._batch_tokens.observe(report.tokens)
 
+    def dropped(self, trajectories: int) -> None:
+        """Count trajectories that nobody waits for any more."""
+        self._dropped.inc(trajectories)
+
     def text(self) -> bytes:
         """Return everything in the text format of Prometheus."""
         return prometheus_text(self._registry)
+
+
+async def client_left(request: Request) -> None:
+    """Wait until the client has closed its connection; to be called once the body is read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 class Gate:

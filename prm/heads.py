@@ -17,7 +17,9 @@ The heads:
   them is the same as the base's probabilities renormalised over the two words; that keeps the
   checkpoint a plain token classifier, which loads and serves like every other.
 - ``ranking``: steps of one trajectory compared with each other (PQM, arXiv:2410.11287). Its scores
-  are no log-odds before calibration.
+  are no log-odds before calibration. The calls inside a turn are no targets of it: they have the
+  turn's label, and comparing them with the turn's end would demand that a good turn's score rises
+  with every call.
 - ``implicit``: no layer at all, but how much likelier training has made the actions
   (ImplicitPRM, arXiv:2412.01981; PRIME, arXiv:2502.01456): the log-odds are a constant plus beta
   times the log-ratio of a trained language model to the base, summed over the tokens that the agent
@@ -66,6 +68,9 @@ class Head:
     batch's weights."""
     margin: Callable[[torch.Tensor], torch.Tensor]
     """Logits of shape (..., C) to log-odds of shape (...)."""
+    inner: bool = True
+    """Whether the calls inside a turn are trained too, towards the turn's own targets; see
+    `prm.data`."""
     words: bool = False
     """Whether the classes are words of the base, whose rows of its language-model head the
     classification layer begins with; else it begins at the base rate."""
@@ -161,6 +166,7 @@ HEADS: dict[str, Head] = {
         targets=label_targets,
         loss=_ranking_loss,
         margin=_single_margin,
+        inner=False,
     ),
     "implicit": Head(
         name="implicit",
@@ -171,6 +177,7 @@ HEADS: dict[str, Head] = {
         loss=_value_loss,
         margin=_single_margin,
         beta=0.05,  # of both papers
+        inner=False,  # what happens inside a turn after it was written moves no score
     ),
 }
 

@@ -3,7 +3,8 @@
 An `Episode` keeps what the model computed of it so far (the key-value cache). A further step costs
 a forward over that step's own tokens only, and a branch of the episode costs no forward at all.
 This works because `prm.rendering` tokenises segment by segment, so the ids of a prefix never change
-when the episode goes on, and because a causal model never looks ahead.
+when the episode goes on, and because a causal model never looks ahead. The results of a turn's
+calls are segments of their own, so an episode grows call by call as well.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Episode:
         self._scorer = scorer
         self._model = scorer.checkpoint.model
         self._ids: tuple[int, ...] = ()
-        self._margins_P: Array = np.empty(0)
+        self._margin_at: dict[int, float] = {}
         self._cache = _new_cache(self._model)
 
     @property
@@ -94,15 +95,18 @@ class Episode:
         Parameters
         ----------
         trajectory : Trajectory
-            The episode as it is now: what it was at the last call, and any number of further
-            steps.
+            The episode as it is now: what it was at the last call, any number of further steps,
+            and, where a turn makes several calls, further results in its last step (``text`` is
+            the whole turn from the beginning; ``calls`` and ``observations`` are those that have
+            a result).
         calibrated : bool, default=True
             Whether to apply the checkpoint's calibration.
 
         Returns
         -------
         StepScores
-            S + 1 values in [0, 1], equal to those of `Scorer.score` up to rounding.
+            S + 1 values in [0, 1] and one for every call, equal to those of `Scorer.score` up to
+            rounding.
 
         Raises
         ------
@@ -113,18 +117,20 @@ class Episode:
         (rendered,) = self._scorer.render([trajectory])
         self._scorer.check_lengths([trajectory], [rendered])
         read, ids = len(self._ids), rendered.input_ids
-        if ids[:read] != self._ids:
+        missing = [p for p in rendered.scored if p not in self._margin_at]
+        if ids[:read] != self._ids or (missing and missing[0] < read):
             raise InputError(
                 f"trajectory {trajectory.trajectory_id} does not continue the episode read so far "
                 f"({read} tokens): extend a branch taken before they part, or begin "
                 "another episode"
             )
-        columns = [p - read for p in rendered.positions if p >= read]
         if len(ids) > read:
-            margins_P = self._forward(rendered, read, columns)
-            self._ids, self._margins_P = ids, np.concatenate([self._margins_P, margins_P])
-        assert len(self._margins_P) == len(rendered.positions)
-        return self._scorer.scores_of(trajectory, self._margins_P, calibrated=calibrated)
+            margins_P = self._forward(rendered, read, [p - read for p in missing])
+            # A new table: branches share the old one.
+            self._margin_at = self._margin_at | dict(zip(missing, margins_P.tolist(), strict=True))
+            self._ids = ids
+        margins_P = np.array([self._margin_at[p] for p in rendered.scored])
+        return self._scorer.scores_of(trajectory, rendered, margins_P, calibrated=calibrated)
 
     @torch.inference_mode()
     def _forward(self, rendered: Rendered, read: int, columns: list[int]) -> Array:

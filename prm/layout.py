@@ -37,9 +37,13 @@ class Collate(Protocol):
         target: Callable[[Example], Targets],
         *,
         pad_id: int,
+        inner: bool = False,
         written: bool = False,
     ) -> Batch:
-        """Keep the examples' order among the scored positions; mark who wrote what if asked."""
+        """Keep the examples' order among the scored positions; ``inner``: see `prm.data.places`.
+
+        With ``written``, also mark the tokens that the agent wrote.
+        """
         ...
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from prm.data import Batch, Example, Targets, mark_written, pad
+from prm.data import Batch, Example, Targets, mark_written, pad, places
 from trajectory.errors import InputError
 
 _PROBE = (5, 3, 4)
@@ -89,9 +89,10 @@ def collate_packed(
     target: Callable[[Example], Targets],
     *,
     pad_id: int,
+    inner: bool = False,
     written: bool = False,
 ) -> Batch:
-    """Pack examples into lines and gather their scored positions and targets, in their order.
+    """Pack examples into lines and gather what `collate` gathers, in the same order.
 
     The empty end of a line counts positions from 0 too, so that no row sees it. With ``written``,
     the batch also says which tokens the agent wrote.
@@ -102,29 +103,27 @@ def collate_packed(
     ids, positions = [], []
     for number, line in enumerate(lines):
         row: list[int] = []
-        places: list[int] = []
+        numbered: list[int] = []
         for index in line:
             line_of[index], start_of[index] = number, len(row)
             row += examples[index].input_ids
-            places += range(len(examples[index].input_ids))
+            numbered += range(len(examples[index].input_ids))
         ids.append(row)
-        positions.append([*places, *range(width - len(row))])
+        positions.append([*numbered, *range(width - len(row))])
     input_ids_BT, attention_mask_BT = pad(ids, pad_id=pad_id)
-    targets = [target(e) for e in examples]
-    sizes = [len(e.positions) for e in examples]
-    begins = list(zip(line_of, start_of, strict=True))
+    scored = [places(e, target(e), inner=inner) for e in examples]
+    flat = [(row, place) for row, found in enumerate(scored) for place in found]
+    starts = list(zip(line_of, start_of, strict=True))
     return Batch(
         input_ids_BT=input_ids_BT,
         attention_mask_BT=attention_mask_BT,
-        rows_P=torch.repeat_interleave(torch.arange(len(examples)), torch.tensor(sizes)),
-        columns_P=torch.tensor(
-            [start + p for e, start in zip(examples, start_of, strict=True) for p in e.positions]
-        ),
-        targets_P=torch.tensor([v for t in targets for v in t.values], dtype=torch.float32),
-        weights_P=torch.tensor([w for t in targets for w in t.weights], dtype=torch.float32),
-        lines_P=torch.repeat_interleave(torch.tensor(line_of), torch.tensor(sizes)),
+        rows_P=torch.tensor([row for row, _ in flat]),
+        columns_P=torch.tensor([start_of[row] + place.column for row, place in flat]),
+        targets_P=torch.tensor([place.target for _, place in flat], dtype=torch.float32),
+        weights_P=torch.tensor([place.weight for _, place in flat], dtype=torch.float32),
+        lines_P=torch.tensor([line_of[row] for row, _ in flat]),
         position_ids_BT=torch.tensor(positions),
-        written_BT=mark_written(examples, input_ids_BT, places=begins) if written else None,
+        written_BT=mark_written(examples, input_ids_BT, starts=starts) if written else None,
     )
 
 

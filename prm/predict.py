@@ -18,7 +18,7 @@ from prm.model import autocast, logits_at, to_device
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Predictions:
-    """What a model says of examples, in the examples' own order.
+    """What a model says of every scored position of examples, in the examples' own order.
 
     `nll` is the same for all heads and equals `loss` for those that are trained by likelihood.
     """
@@ -27,6 +27,8 @@ class Predictions:
     """Raw log-odds."""
     targets_P: Array
     weights_P: Array
+    sizes: tuple[int, ...]
+    """Positions of each example."""
     loss: float
     """The head's own loss per unit of weight, nats: what training minimises."""
 
@@ -46,6 +48,7 @@ def predict(
     batch_tokens: int,
     pad_id: int,
     bfloat16: bool = False,
+    inner: bool = False,
 ) -> Predictions:
     """Run a model over examples without gradients.
 
@@ -65,11 +68,15 @@ def predict(
         Token id of the padding.
     bfloat16 : bool, default=False
         Whether the forward computes in bfloat16.
+    inner : bool, default=False
+        Whether the calls inside turns count too, as in a training step. What measures a model
+        (held-out loss, calibration) is of prefixes alone.
 
     Returns
     -------
     Predictions
-        Every prefix of every example, in order.
+        Every prefix of every example, in order, with the inner positions between them if asked
+        for.
     """
     device = next(model.parameters()).device
     parts: dict[int, tuple[Array, Array, Array]] = {}
@@ -77,11 +84,9 @@ def predict(
     model.eval()
     with torch.inference_mode():
         for indices in layout.batches(examples, batch_tokens):
+            rows = [examples[i] for i in indices]
             batch = layout.collate(
-                [examples[i] for i in indices],
-                head.targets,
-                pad_id=pad_id,
-                written=head.is_log_ratio,
+                rows, head.targets, pad_id=pad_id, inner=inner, written=head.is_log_ratio
             )
             with autocast(device, bfloat16):
                 logits_PC = logits_at(model, to_device(batch, device))
@@ -89,11 +94,12 @@ def predict(
             total += float(head.loss(logits_PC, batch))
             margins_P = head.margin(logits_PC)
             arrays = [t.double().numpy() for t in (margins_P, batch.targets_P, batch.weights_P)]
-            rows = batch.rows_P.numpy()
+            rows_P = batch.rows_P.numpy()
             for row, index in enumerate(indices):
-                z, y, w = (a[rows == row] for a in arrays)
+                z, y, w = (a[rows_P == row] for a in arrays)
                 parts[index] = (z, y, w)
     columns = zip(*(parts[i] for i in range(len(examples))), strict=True)
     z_P, y_P, w_P = (np.concatenate(column) for column in columns)
+    sizes = tuple(len(parts[i][0]) for i in range(len(examples)))
     loss = total / float(w_P.sum())
-    return Predictions(margins_P=z_P, targets_P=y_P, weights_P=w_P, loss=loss)
+    return Predictions(margins_P=z_P, targets_P=y_P, weights_P=w_P, sizes=sizes, loss=loss)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from prm.data import Batch, Example, Targets, mark_written
+from prm.data import Batch, Example, Targets, mark_written, places
 from trajectory.errors import InputError
 from trajectory.seeds import derive_seed
 
@@ -203,6 +203,7 @@ def collate_tree(
     target: Callable[[Example], Targets],
     *,
     pad_id: int,
+    inner: bool = False,
     written: bool = False,
 ) -> Batch:
     """Merge examples into one line and gather their scored positions and targets, in their order.
@@ -213,17 +214,16 @@ def collate_tree(
     """
     del pad_id
     tree, written_T = _merge_written(examples) if written else (_merge(examples), None)
-    targets = [target(e) for e in examples]
-    pairs = list(zip(examples, tree.columns, strict=True))
-    rows = [row for row, e in enumerate(examples) for _ in e.positions]
+    scored = [places(e, target(e), inner=inner) for e in examples]
+    flat = [(row, place) for row, found in enumerate(scored) for place in found]
     return Batch(
         input_ids_BT=torch.tensor([tree.input_ids]),
         attention_mask_BT=torch.ones(1, len(tree.input_ids), dtype=torch.long),
-        rows_P=torch.tensor(rows),
-        columns_P=torch.tensor([path[p] for e, path in pairs for p in e.positions]),
-        targets_P=torch.tensor([v for t in targets for v in t.values], dtype=torch.float32),
-        weights_P=torch.tensor([w for t in targets for w in t.weights], dtype=torch.float32),
-        lines_P=torch.zeros(len(rows), dtype=torch.long),
+        rows_P=torch.tensor([row for row, _ in flat]),
+        columns_P=torch.tensor([tree.columns[row][place.column] for row, place in flat]),
+        targets_P=torch.tensor([place.target for _, place in flat], dtype=torch.float32),
+        weights_P=torch.tensor([place.weight for _, place in flat], dtype=torch.float32),
+        lines_P=torch.zeros(len(flat), dtype=torch.long),
         position_ids_BT=torch.tensor([tree.depths]),
         ancestors_TT=ancestor_mask(tree.parents),
         written_BT=None if written_T is None else torch.tensor([written_T]),

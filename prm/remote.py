@@ -118,9 +118,11 @@ class RemoteScorer:
             answers = list(pool.map(score_chunk, chunks))
         scores = [s for answer in answers for s in answer]
         for trajectory, found in zip(trajectories, scores, strict=True):
-            if (found.trajectory_id, len(found.values)) != (
+            asked = [len(step.calls) for step in trajectory.steps]
+            if (found.trajectory_id, len(found.values), [len(c) for c in found.calls]) != (
                 trajectory.trajectory_id,
                 trajectory.num_steps + 1,
+                asked,
             ):
                 raise InputError(
                     f"the server answered for {found.trajectory_id!r} where "
@@ -272,7 +274,8 @@ class _Vllm:
                 self._metadata,
                 self._hash if calibrated else f"{self._hash}+raw",
                 trajectory,
-                self._margins(by_index[i], rendered[i].positions),
+                rendered[i],
+                self._margins(by_index[i], rendered[i].scored),
                 calibrated=calibrated,
             )
             for i, trajectory in enumerate(chunk)

@@ -6,16 +6,24 @@ A trajectory is rendered from its structure with this package's own template (ve
     {prompt}
     [action]                <- per step
     {step.text}
-    [observation]           <- per step with tool calls
-    {contents, one per line}
+    [observation]           <- per call of the step, in call order
+    {observation.content}
 
-Every segment is tokenised on its own, so the token index where a step ends is known by
+Every segment is tokenised on its own, so the token index where a step or a call ends is known by
 construction and never found by searching text. Prompts and observations come from outside the
 model: they are tokenised with special tokens split, so no tool's output can forge one.
 
-Prefix 0 is scored at the last token of the task, prefix t at the last token of step t's
+Prefix 0 is scored at the last token of the task, prefix t at the last token of step t's last
 observation (position ``observation``; of its action if it has none) or of its action (position
 ``action``).
+
+Each call of a step is scored too. At position ``observation`` call j of k is scored at the last
+token of its own result, so the last call is scored where its step is. The network then has read
+the whole turn and the results of calls 1..j, and the score is the expected value of the step's
+end, ``E[V(s_t) | turn t, observations 1..j]``; the change from call j-1 to call j (for the first:
+from prefix t-1, the writing of the turn included) is that call's credit. At position ``action`` the
+calls of a turn are one text, in whatever syntax the model writes, whose inner ends are not known
+by construction, and no result separates them: they share the step's position and so its score.
 """
 
 from __future__ import annotations
@@ -30,8 +38,9 @@ from transformers import PreTrainedTokenizerBase
 from trajectory.errors import InputError
 from trajectory.records import Trajectory
 
-RENDERING = 1
-"""Version of the template; a checkpoint is only scored with the one it was trained with."""
+RENDERING = 2
+"""Version of the template; a checkpoint is only scored with the one it was trained with. Version 1
+joined the observations of a step in one segment; steps of at most one call are alike in both."""
 
 Position = Literal["observation", "action"]
 
@@ -43,8 +52,16 @@ class Rendered:
     input_ids: tuple[int, ...]
     positions: tuple[int, ...]
     """Token index of prefix 0..S, strictly increasing."""
+    calls: tuple[tuple[int, ...], ...] = ()
+    """Per step, the token index at which each of its calls is scored, ascending; the last is the
+    step's own. Empty: prefixes alone are scored."""
     written: tuple[tuple[int, int], ...] | None = None
     """First token and end of every action's segment, which the agent wrote; None if not known."""
+
+    @property
+    def scored(self) -> tuple[int, ...]:
+        """Token index of everything that is scored, prefixes and calls, ascending, each once."""
+        return tuple(sorted({*self.positions, *(p for calls in self.calls for p in calls)}))
 
 
 def render(
@@ -79,7 +96,7 @@ def render(
     ids = _tokenize(segments, tokenizer)
     rendered, taken = [], 0
     for trajectory in trajectories:
-        count = 1 + sum(2 if step.calls else 1 for step in trajectory.steps)
+        count = 1 + sum(1 + len(step.calls) for step in trajectory.steps)
         rendered.append(_assemble(trajectory, ids[taken : taken + count], start, position))
         taken += count
     return rendered
@@ -90,9 +107,7 @@ def _segments(trajectory: Trajectory) -> list[tuple[str, bool]]:
     segments = [(f"[task]\n{trajectory.task.prompt}\n", True)]
     for step in trajectory.steps:
         segments.append((f"[action]\n{step.text}\n", False))
-        if step.calls:
-            contents = "\n".join(o.content for o in step.observations)
-            segments.append((f"[observation]\n{contents}\n", True))
+        segments += [(f"[observation]\n{o.content}\n", True) for o in step.observations]
     return segments
 
 
@@ -134,21 +149,25 @@ def _start_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 def _assemble(
     trajectory: Trajectory, ids: Sequence[list[int]], start: tuple[int, ...], position: Position
 ) -> Rendered:
-    """Join a trajectory's tokenised segments and note where its prefixes end."""
-    input_ids = [*start, *ids[0]]
-    positions = [len(input_ids) - 1]
-    written = []
-    segment = 1
+    """Join a trajectory's tokenised segments and note where its prefixes and calls end."""
+    segments = iter(ids)
+    input_ids = [*start, *next(segments)]
+    positions, calls, written = [len(input_ids) - 1], [], []
     for step in trajectory.steps:
-        written.append((len(input_ids), len(input_ids) + len(ids[segment])))
-        input_ids.extend(ids[segment])
+        begin = len(input_ids)
+        input_ids += next(segments)
+        written.append((begin, len(input_ids)))
         end = len(input_ids) - 1
-        segment += 1
-        if step.calls:
-            input_ids.extend(ids[segment])
-            segment += 1
-            if position == "observation":
-                end = len(input_ids) - 1
-        positions.append(end)
+        ends = []
+        for _ in step.calls:
+            input_ids += next(segments)
+            ends.append(len(input_ids) - 1 if position == "observation" else end)
+        positions.append(ends[-1] if ends else end)
+        calls.append(tuple(ends))
     assert all(a < b for a, b in pairwise(positions))
-    return Rendered(input_ids=tuple(input_ids), positions=tuple(positions), written=tuple(written))
+    return Rendered(
+        input_ids=tuple(input_ids),
+        positions=tuple(positions),
+        calls=tuple(calls),
+        written=tuple(written),
+    )

@@ -1,4 +1,4 @@
-"""Scoring: one forward pass gives the score of every prefix of a trajectory.
+"""Scoring: one forward pass gives the score of every prefix of a trajectory and of every call.
 
 `Scorer` is the library's front door for reward-model scores; ``prm score`` runs it over a file.
 `aggregate` (from `prm.aggregations`) turns a trajectory's scores into one number.
@@ -48,7 +48,7 @@ class Scorer:
     Examples
     --------
     Load with ``scorer = Scorer.load("runs/prm")``, then ``scorer.score(trajectories)[0].values``
-    holds one score per prefix 0..S.
+    holds one score per prefix 0..S, ``.calls`` one per call of each step.
     """
 
     def __init__(
@@ -130,8 +130,8 @@ class Scorer:
         Returns
         -------
         list of StepScores
-            In the same order, S + 1 values in [0, 1] each. They do not depend on what else is in
-            the list.
+            In the same order, S + 1 values in [0, 1] each, and one for every call. They do not
+            depend on what else is in the list.
 
         Raises
         ------
@@ -141,8 +141,10 @@ class Scorer:
         rendered = self.render(trajectories)
         self.check_lengths(trajectories, rendered)
         return [
-            self.scores_of(trajectory, margins_P, calibrated=calibrated)
-            for trajectory, margins_P in zip(trajectories, self.margins(rendered), strict=True)
+            self.scores_of(trajectory, row, margins_P, calibrated=calibrated)
+            for trajectory, row, margins_P in zip(
+                trajectories, rendered, self.margins(rendered), strict=True
+            )
         ]
 
     def check_lengths(
@@ -157,20 +159,26 @@ class Scorer:
                 )
 
     def scores_of(
-        self, trajectory: Trajectory, margins_P: Array, *, calibrated: bool = True
+        self,
+        trajectory: Trajectory,
+        rendered: Rendered,
+        margins_P: Array,
+        *,
+        calibrated: bool = True,
     ) -> StepScores:
-        """Turn the raw log-odds of a trajectory's prefixes, shape (S + 1,), into its scores."""
+        """Turn the raw log-odds that `margins` gave for a trajectory into its scores."""
         return make_scores(
             self.metadata,
             self.score_id(calibrated=calibrated),
             trajectory,
+            rendered,
             margins_P,
             calibrated=calibrated,
         )
 
     @torch.inference_mode()
     def margins(self, rendered: Sequence[Rendered]) -> list[Array]:
-        """Compute the raw log-odds of every prefix.
+        """Compute the raw log-odds of every scored position, prefixes and calls.
 
         Parameters
         ----------
@@ -179,8 +187,8 @@ class Scorer:
 
         Returns
         -------
-        list of array, shape (S + 1,)
-            In the same order.
+        list of array, shape (P,)
+            In the same order, each as `Rendered.scored` is.
         """
         lengths = [len(row.input_ids) for row in rendered]
         results: dict[int, Array] = {}
@@ -190,7 +198,7 @@ class Scorer:
             batch = self._batch([rendered[i] for i in indices])
             logits_PC = logits_at(self._model, batch)
             margins_P = self._checkpoint.head.margin(logits_PC).cpu().double().numpy()
-            sizes = [len(rendered[i].positions) for i in indices]
+            sizes = [len(rendered[i].scored) for i in indices]
             parts = np.split(margins_P, np.cumsum(sizes)[:-1])
             results.update(zip(indices, parts, strict=True))
         return [results[i] for i in range(len(rendered))]
@@ -200,13 +208,14 @@ class Scorer:
         pad_id = self._checkpoint.tokenizer.pad_token_id
         assert isinstance(pad_id, int)
         input_ids_BT, attention_mask_BT = pad([row.input_ids for row in rows], pad_id=pad_id)
-        columns_P = torch.tensor([p for row in rows for p in row.positions])
+        scored = [row.scored for row in rows]
+        columns_P = torch.tensor([p for places in scored for p in places])
         nothing_P = torch.zeros(len(columns_P))
         asks = self._checkpoint.head.is_log_ratio
         batch = Batch(
             input_ids_BT=input_ids_BT,
             attention_mask_BT=attention_mask_BT,
-            rows_P=torch.tensor([i for i, row in enumerate(rows) for _ in row.positions]),
+            rows_P=torch.tensor([i for i, places in enumerate(scored) for _ in places]),
             columns_P=columns_P,
             targets_P=nothing_P,
             weights_P=nothing_P,
@@ -219,18 +228,39 @@ def make_scores(
     metadata: Metadata,
     score_id: str,
     trajectory: Trajectory,
+    rendered: Rendered,
     margins_P: Array,
     *,
     calibrated: bool,
 ) -> StepScores:
-    """Turn raw log-odds of a trajectory's prefixes, wherever they were computed, into scores."""
+    """Turn raw log-odds of a trajectory, wherever they were computed, into its scores.
+
+    Parameters
+    ----------
+    metadata : Metadata
+        Of the reward model.
+    score_id : str
+        What the scores are marked with.
+    trajectory : Trajectory
+        What was scored.
+    rendered : Rendered
+        The same as token ids.
+    margins_P : array, shape (P,)
+        Raw log-odds, aligned with ``rendered.scored``.
+    calibrated : bool
+        Whether to apply the calibration. It was fitted on prefixes; calls are mapped alike, so that
+        a step's last call has the step's own score.
+    """
     calibration = metadata.calibration if calibrated else calibrate.Calibration()
+    values_P = calibrate.apply(calibration, margins_P).tolist()
+    value_at = dict(zip(rendered.scored, values_P, strict=True))
     return StepScores(
         trajectory_id=trajectory.trajectory_id,
         checkpoint=score_id,
-        values=tuple(calibrate.apply(calibration, margins_P).tolist()),
+        values=tuple(value_at[p] for p in rendered.positions),
         kind=metadata.kind,
         position=metadata.position,
+        calls=tuple(tuple(value_at[p] for p in calls) for calls in rendered.calls),
     )
 
 

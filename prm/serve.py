@@ -3,7 +3,8 @@
 ``POST /score`` takes trajectories, as records or as one conversation in OpenAI messages, and
 answers their step scores; ``GET /health`` says what is served, ``GET /metrics`` is for Prometheus.
 Requests that arrive together share forward passes (`prm.batching`); who may ask and how much stands
-in `prm.gate`. Everything is kept per application, so several can live in one process.
+in `prm.gate`. What a client that leaves has waiting is not scored. Everything is kept per
+application, so several can live in one process.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
+from starlette.requests import Request
 
 from prm.batching import QueueClosed, QueueFull, ScoringQueue
-from prm.gate import Gate, Meters
+from prm.gate import Gate, Meters, client_left
+from prm.metrics import Array
 from prm.model import Device
 from prm.remote import TOKEN_VARIABLE
 from prm.rendering import Rendered
@@ -95,7 +98,7 @@ class ScoreResponse(BaseModel):
     """Answer of ``POST /score``, in the order of the request."""
 
     scores: list[dict[str, Any]]
-    """`StepScores` records: one value per prefix 0..S."""
+    """`StepScores` records: one value per prefix 0..S, and per step one for each of its calls."""
     aggregates: list[float]
     """One number per trajectory, by ``aggregation``."""
     aggregation: str
@@ -110,11 +113,15 @@ class _FieldError(Exception):
         super().__init__(message)
 
 
+class _ClientLeft(Exception):
+    """Nobody waits for the answer."""
+
+
 class _Service:
     """What the routes need: the model, its queue, and one thread that tokenises."""
 
     def __init__(self, scorer: Scorer, config: ServeConfig, meters: Meters) -> None:
-        self.scorer = scorer
+        self.scorer, self._meters = scorer, meters
         self.queue = ScoringQueue(
             scorer.margins,
             batch_tokens=config.batch_tokens,
@@ -125,8 +132,8 @@ class _Service:
         self._tokenising = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenising")
         self._rendering = 0
 
-    async def score(self, body: ScoreRequest) -> ScoreResponse:
-        """Answer one request."""
+    async def score(self, body: ScoreRequest, left: asyncio.Future[None]) -> ScoreResponse:
+        """Answer one request, unless its client leaves (``left`` is done) before that."""
         trajectories = read_trajectories(body)
         rendered = await self._render(trajectories)
         name = "messages" if body.trajectories is None else "trajectories"
@@ -134,10 +141,10 @@ class _Service:
             self.scorer.check_lengths(trajectories, rendered)
         except InputError as error:
             raise _FieldError([name], str(error)) from None
-        margins = await asyncio.wrap_future(self.queue.submit(rendered))
+        margins = await self._margins(rendered, left)
         scores = [
-            self.scorer.scores_of(trajectory, margins_P, calibrated=body.calibrated)
-            for trajectory, margins_P in zip(trajectories, margins, strict=True)
+            self.scorer.scores_of(trajectory, row, margins_P, calibrated=body.calibrated)
+            for trajectory, row, margins_P in zip(trajectories, rendered, margins, strict=True)
         ]
         aggregation = self.scorer.metadata.aggregation
         return ScoreResponse(
@@ -145,6 +152,24 @@ class _Service:
             aggregates=[aggregate(_scored_steps(s), aggregation) for s in scores],
             aggregation=aggregation,
         )
+
+    async def _margins(
+        self, rendered: Sequence[Rendered], left: asyncio.Future[None]
+    ) -> list[Array]:
+        """Queue the trajectories of a request and wait for their log-odds."""
+        if left.done():
+            self._meters.dropped(len(rendered))
+            raise _ClientLeft
+        future = self.queue.submit(rendered)
+        scored = asyncio.wrap_future(future)
+        try:
+            await asyncio.wait((scored, left), return_when=asyncio.FIRST_COMPLETED)
+            if not scored.done():
+                raise _ClientLeft
+        finally:
+            if not scored.done():  # also when the server cuts the request off
+                self._meters.dropped(self.queue.give_up(future))
+        return scored.result()
 
     async def _render(self, trajectories: Sequence[Trajectory]) -> list[Rendered]:
         """Tokenise, unless the queue is full anyway."""
@@ -238,8 +263,12 @@ def create_app(scorer: Scorer, config: ServeConfig, *, token: str | None = None)
     )
 
     @app.post("/score")
-    async def score(body: ScoreRequest) -> ScoreResponse:
-        return await service.score(body)
+    async def score(body: ScoreRequest, request: Request) -> ScoreResponse:
+        left = asyncio.create_task(client_left(request))
+        try:
+            return await service.score(body, left)
+        finally:
+            left.cancel()
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -266,6 +295,10 @@ def create_app(scorer: Scorer, config: ServeConfig, *, token: str | None = None)
     @app.exception_handler(QueueClosed)
     async def closed(_: object, error: QueueClosed) -> JSONResponse:
         return JSONResponse({"detail": str(error)}, 503, {"Retry-After": "1"})
+
+    @app.exception_handler(_ClientLeft)
+    async def unheard(_: object, __: _ClientLeft) -> Response:
+        return Response(status_code=499)  # nobody reads it: for the count of requests by status
 
     return app
 

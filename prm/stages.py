@@ -47,7 +47,7 @@ def broken_rows(examples: Sequence[Example], predictions: Predictions) -> str:
     predictions : Predictions
         What the present weights say of them, in the same order.
     """
-    ends = np.cumsum([len(e.positions) for e in examples])[:-1]
+    ends = np.cumsum(predictions.sizes)[:-1]
     parts = np.split(predictions.margins_P, ends)
     bad = [e for e, z in zip(examples, parts, strict=True) if not np.isfinite(z).all()]
     if not bad:

@@ -348,13 +348,9 @@ def _save(
     """Merge, calibrate on the held-out part, write the folder and remove the resumable state."""
     model = merge_lora(whole.float())
     head, done, options = fitter.head, fitter.done, fitter.options
+    layout, size = LAYOUTS[options.packing], options.batch_tokens
     held_out = predict(  # in float32, as scoring does
-        model,
-        split.held_out,
-        head,
-        layout=LAYOUTS[options.packing],
-        batch_tokens=options.batch_tokens,
-        pad_id=options.pad_id,
+        model, split.held_out, head, layout=layout, batch_tokens=size, pad_id=options.pad_id
     )
     calibration = calibrate.fit(
         held_out.margins_P,

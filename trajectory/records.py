@@ -8,8 +8,9 @@ prefix 0 is the task prompt alone. Evidence, labels and scores are all indexed b
 holds S + 1 entries, ``values[t - 1]`` is the value before step ``t`` and ``values[t]`` the value
 after it, and progress ``values[t] - values[t - 1]`` exists for every step.
 
-The unit of scoring is the step (thought + tool calls + observations). Its boundary is structural:
-no separator token exists that a tool's output could forge.
+The unit of scoring is the step (thought + tool calls + observations); where it makes several calls,
+each of them is scored beside it. Boundaries are structural: no separator token exists that a tool's
+output could forge.
 """
 
 from __future__ import annotations
@@ -274,7 +275,7 @@ class StepLabels:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepScores:
-    """What a PRM says of every prefix of one trajectory."""
+    """What a PRM says of every prefix of one trajectory, and of every call inside its steps."""
 
     trajectory_id: str
     checkpoint: str
@@ -285,6 +286,23 @@ class StepScores:
     """``value`` (probability of eventual success) or ``correctness`` (of the step itself)."""
     position: str
     """``observation`` (scored after seeing the result) or ``action`` (before)."""
+    calls: tuple[tuple[float, ...], ...] = ()
+    """Per step 1..S one score per call, in call order, as of the moment when the results of the
+    turn's calls up to this one are known; a step's last is its own, ``values[t]``. () for a step
+    without calls. Empty in files written before calls were scored."""
+
+    def __post_init__(self) -> None:
+        if self.calls and len(self.calls) != len(self.values) - 1:
+            raise ValueError(
+                f"{self.trajectory_id}: scores of the calls of {len(self.calls)} steps, but "
+                f"{len(self.values)} prefixes"
+            )
+        for t, scores in enumerate(self.calls, start=1):
+            if scores and scores[-1] != self.values[t]:
+                raise ValueError(
+                    f"{self.trajectory_id}: step {t} scores {self.values[t]}, but its last call "
+                    f"{scores[-1]}: both are of the state after the step"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -302,7 +302,8 @@
         el("div", { className: error === null ? "part observation" : "part observation error" },
           el("div", { className: "label" }, "observation",
             error === null ? "" : el("span", { className: "kind" }, ` · error: ${error}`),
-            seconds >= 0.0005 ? ` · ${seconds.toFixed(3)} s` : ""),
+            seconds >= 0.0005 ? ` · ${seconds.toFixed(3)} s` : "",
+            made.p ? el("span", { className: "score" }, ` · ◆ ${number(made.p[i])}`) : ""),
           longText(content === "" ? "(empty)" : content, "pre", "")));
     });
     if (start >= 0)

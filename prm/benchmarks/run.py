@@ -60,7 +60,8 @@ class PublicBenchmark:
     shuffled_prm: Path | None = None
     """A reward model trained with --shuffle-labels, to stand beside."""
     problems: int | None = None
-    """Measure on this many problems, drawn at random; all when not given."""
+    """Measure on this many problems, drawn at random, as many from each subset as it has; all when
+    not given."""
 
     def __post_init__(self) -> None:
         if (self.benchmark is None) != (self.data is None):
@@ -223,8 +224,8 @@ def select(
         )
     drawn = free
     if public.problems is not None and public.problems < len(free):
-        rng = random.Random(derive_seed("benchmark-problems", seed))  # noqa: S311 - not security
-        drawn = rng.sample(free, public.problems)
+        subsets = {c.problem: str(c.trajectory.meta.get("subset", "")) for c in loaded.cases}
+        drawn = draw_problems({p: subsets[p] for p in free}, public.problems, seed=seed)
     kept = set(drawn)
     chosen = [n for n, case in enumerate(loaded.cases) if case.problem in kept]
     fits = [True] * len(chosen)
@@ -244,6 +245,38 @@ def select(
         "dropped_long": len(chosen) - len(short),
     }
     return Loaded(cases=cases, answers=[loaded.answers[n] for n in short]), counts
+
+
+def draw_problems(subsets: Mapping[str, str], count: int, *, seed: int) -> list[str]:
+    """Draw problems at random, as many from every subset as far as it has them.
+
+    A figure that is a plain mean over subsets is as uncertain as its smallest subset.
+
+    Parameters
+    ----------
+    subsets : mapping of str to str
+        Problem to the subset it belongs to.
+    count : int
+        At most as many as there are problems.
+    seed : int
+        The same seed draws the same.
+
+    Examples
+    --------
+    >>> drawn = draw_problems({"a": "x", "b": "y", "c": "y", "d": "y"}, 3, seed=0)
+    >>> len(drawn), "a" in drawn
+    (3, True)
+    """
+    rng = random.Random(derive_seed("benchmark-problems", seed))  # noqa: S311 - not security
+    members: dict[str, list[str]] = {}
+    for problem in sorted(subsets):
+        members.setdefault(subsets[problem], []).append(problem)
+    drawn: list[str] = []
+    smallest_first = sorted(members.values(), key=len)
+    for number, problems in enumerate(smallest_first):
+        share = (count - len(drawn)) // (len(smallest_first) - number)
+        drawn += rng.sample(problems, min(share, len(problems)))
+    return drawn
 
 
 def _score(

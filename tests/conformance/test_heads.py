@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from prm.calibrate import Calibration, apply
@@ -17,7 +19,7 @@ from prm.model import new_model, open_tokenizer
 from prm.rendering import Rendered
 from prm.score import AGGREGATIONS
 from prm.score import Scorer as PrmScorer
-from tests.prm.synthetic import make_base, make_trajectory
+from tests.prm.synthetic import make_base, make_example, make_trajectory
 from trajectory.errors import InputError
 
 
@@ -67,9 +69,14 @@ def exact(batch: Batch) -> Batch:
     return replace(batch, targets_P=batch.targets_P.double(), weights_P=batch.weights_P.double())
 
 
-def loss_and_gradient(name: str, split: list[list[int]]) -> tuple[float, torch.Tensor]:
+def loss_and_gradient(
+    name: str, split: list[list[int]], examples: list[Example] = EXAMPLES
+) -> tuple[float, torch.Tensor]:
     head, model = HEADS[name], Scorer(len(HEADS[name].classes))
-    batches = [exact(collate([EXAMPLES[i] for i in b], head.targets, pad_id=0)) for b in split]
+    batches = [
+        exact(collate([examples[i] for i in b], head.targets, pad_id=0, inner=head.inner))
+        for b in split
+    ]
     denominator = sum(b.weights_P.sum() for b in batches)
     total = 0.0
     for batch in batches:
@@ -90,6 +97,74 @@ def test_loss_and_gradient_do_not_depend_on_the_micro_batch_split(name, split):
     loss, gradient = loss_and_gradient(name, split)
     assert loss == pytest.approx(whole_loss, abs=1e-6)
     assert torch.allclose(gradient, whole_gradient, atol=1e-6)
+
+
+@st.composite
+def turns(draw):
+    """Turns of mixed numbers of calls, with rollouts or without."""
+    n = draw(st.sampled_from((0, 1, 4, 64)))
+    return draw(st.integers(0, 4)), n, draw(st.integers(0, n))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.lists(st.lists(turns(), min_size=1, max_size=4), min_size=1, max_size=6), data=st.data()
+)
+def test_loss_and_gradient_do_not_depend_on_the_split_of_rows_with_several_calls(name, rows, data):
+    examples = [make_example(*row, name=f"t{i}") for i, row in enumerate(rows)]
+    order = data.draw(st.permutations(range(len(rows))))
+    cuts = data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows)))
+    split: list[list[int]] = []
+    for index, cut in zip(order, cuts, strict=True):
+        if cut or not split:
+            split.append([])
+        split[-1].append(index)
+    whole_loss, whole_gradient = loss_and_gradient(name, [[*range(len(rows))]], examples)
+    loss, gradient = loss_and_gradient(name, split, examples)
+    assert loss == pytest.approx(whole_loss, abs=1e-6)
+    assert torch.allclose(gradient, whole_gradient, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(rows=st.lists(st.lists(turns(), min_size=1, max_size=4), min_size=1, max_size=4))
+def test_a_turn_weighs_the_same_however_many_calls_it_makes(name, rows):
+    head = HEADS[name]
+    examples = [make_example(*row) for row in rows]
+    batch = collate(examples, head.targets, pad_id=0, inner=head.inner)
+    assert float(batch.weights_P.sum()) == pytest.approx(
+        sum(sum(head.targets(e).weights) for e in examples), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_at_most_one_call_per_turn_have_the_loss_of_prefixes_alone(name):
+    head = HEADS[name]
+    rows = [make_example((1, 8, 3), (0, 64, 60), (1, 0, 0)), make_example((1, 3, 1), (1, 7, 7))]
+    with_calls, without = (
+        collate(rows, head.targets, pad_id=0, inner=inner) for inner in (head.inner, False)
+    )
+    targets = [head.targets(e) for e in rows]
+    assert with_calls.columns_P.tolist() == [p for e in rows for p in e.positions]
+    assert with_calls.weights_P.tolist() == [w for t in targets for w in t.weights]
+    logits_PC = torch.randn(len(with_calls.rows_P), len(head.classes))
+    # To the last digit.
+    assert head.loss(logits_PC, with_calls).item() == head.loss(logits_PC, without).item()
+
+
+def test_the_loss_of_a_turn_with_two_calls_computed_by_hand():
+    batch = collate([make_example((2, 4, 1))], HEADS["value"].targets, pad_id=0, inner=True)
+    logits_PC = torch.tensor([[0.0], [1.0], [-2.0]])
+    expected = (
+        (6 * math.log(2) - 3 * 0.0)  # the task: 3 of 6
+        + (2 * math.log1p(math.exp(1.0)) - 0.5 * 1.0)  # half of 1 of 4 after either call
+        + (2 * math.log1p(math.exp(-2.0)) - 0.5 * -2.0)
+    )
+    assert HEADS["value"].loss(logits_PC, batch).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_two_heads_leave_the_calls_inside_a_turn_out():
+    assert [name for name in NAMES if not HEADS[name].inner] == ["implicit", "ranking"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,9 +6,9 @@ from base64 import b64encode
 from dataclasses import replace
 from html.parser import HTMLParser
 
-from tests.examples import make_labelled, make_step
+from tests.examples import make_labelled, make_scores, make_step
 from trajectory.records import Observation, Step, StopReason, Task, ToolCall
-from trajectory.store import write_labels
+from trajectory.store import write_jsonl, write_labels
 
 HOSTILE = (
     "</script><script>window.pwned = 1</script>"
@@ -128,3 +128,17 @@ class Page(HTMLParser):
 def admitted(text):
     """The source expression of a policy that admits an inline text."""
     return f"'sha256-{b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def several_calls(folder):
+    """`small_rows` with a second call in step 2 of the first, and its scores in scores.jsonl."""
+    row, *others = small_rows()
+    steps = [*row.trajectory.steps]
+    call, observation = steps[1].calls[0], steps[1].observations[0]
+    failed = replace(observation, content="no such table", error="SQLError")
+    steps[1] = replace(steps[1], calls=(call, call), observations=(observation, failed))
+    row = replace(row, trajectory=replace(row.trajectory, steps=tuple(steps)))
+    scores = make_scores(row.trajectory)
+    scores = replace(scores, calls=((0.25,), (0.654321, 0.5), (0.75,)))
+    write_jsonl(folder / "scores.jsonl", [scores])
+    return folder_of(folder / "labels", [row, *others]), scores

@@ -15,6 +15,7 @@ from tests.labeling.pages import (
     folder_of,
     hostile_row,
     row_with,
+    several_calls,
     small_rows,
 )
 from trajectory.errors import InputError
@@ -225,9 +226,22 @@ def test_scores_stand_beside_the_labels_of_their_trajectory(tmp_path):
     assert facts["scored"] == "3 of 4"
 
 
+def test_a_turn_of_several_calls_has_a_score_per_call(tmp_path):
+    folder, scores = several_calls(tmp_path)
+    page, _ = page_of(folder, tmp_path, scores=tmp_path / "scores.jsonl")
+    assert [step["p"] for step in page.details[0]["s"]] == [None, [0.6543, 0.5], None]
+    write_jsonl(tmp_path / "scores.jsonl", [replace(scores, calls=())])  # of an older version
+    page, _ = page_of(folder, tmp_path, scores=tmp_path / "scores.jsonl")
+    assert [step["p"] for step in page.details[0]["s"]] == [None, None, None]
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        (
+            lambda s: [replace(s, calls=((0.25,), (0.1, 0.5), (0.75,)))],
+            r"scores for \[1, 2, 1\] calls",
+        ),
         (lambda s: [replace(s, values=(0.5,))], "1 scores for trajectory 'task-2/0'.* 4 states"),
         (lambda s: [replace(s, values=(0.5, 0.5, 0.5, 1.5))], "not in \\[0, 1\\]"),
         (lambda s: [s, s], "twice"),

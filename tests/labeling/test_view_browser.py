@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from labeling.view import ViewConfig, view
-from tests.examples import make_scores, make_step
-from tests.labeling.pages import folder_of, hostile_row, row_with, small_rows
+from tests.examples import make_step
+from tests.labeling.pages import folder_of, hostile_row, row_with, several_calls, small_rows
 from trajectory.records import Observation
-from trajectory.store import read_labels, write_jsonl
+from trajectory.store import read_labels
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 WIDE, PHONE = {"width": 1200, "height": 800}, {"width": 390, "height": 780}
@@ -132,9 +132,10 @@ def test_values_intervals_unknown_states_and_the_drop_are_drawn(open_page, small
     assert "max steps" in text_of(page, "#detail .facts")
 
 
-def test_scores_stand_beside_the_values(open_page, small, tmp_path):
-    write_jsonl(tmp_path / "scores.jsonl", [make_scores(small_rows()[0].trajectory)])
-    page = open_page(small, scores=tmp_path / "scores.jsonl")
+def test_scores_stand_beside_the_values_and_the_calls_of_a_turn(open_page, tmp_path):
+    folder, _ = several_calls(tmp_path)
+    page = open_page(folder, scores=tmp_path / "scores.jsonl")
+    assert page.locator(".label .score").all_inner_texts() == [" · ◆ 0.654", " · ◆ 0.500"]
     assert "◆ 0.250" in text_of(page, "#step-1 .numbers")
     assert page.locator("#step-1 .mark").count() == 1
     page.keyboard.press("j")

@@ -1,13 +1,20 @@
-"""A server in a thread, on a real socket."""
+"""A server in a thread, on a real socket, and what asks it."""
 
+import json
+import random
 import socket
 import threading
 import time
 from contextlib import contextmanager
 
+import urllib3
 import uvicorn
+from prometheus_client.parser import text_string_to_metric_families
 
 from prm.serve import ServeConfig, create_app
+from tests.prm.synthetic import make_trajectory
+
+NO_RETRY = urllib3.PoolManager(maxsize=64, retries=False, timeout=60)
 
 
 @contextmanager
@@ -26,3 +33,27 @@ def serving(scorer, *, token=None, **limits):
         server.should_exit = True
         thread.join()
         listening.close()
+
+
+def runs(count, seed=0):
+    """Trajectories of up to six steps."""
+    rng = random.Random(seed)
+    marks = ["".join(rng.choice("+-") for _ in range(rng.randint(0, 5))) for _ in range(count)]
+    return [make_trajectory(m, task=f"r{i}") for i, m in enumerate(marks)]
+
+
+def post(url, body, **headers):
+    """Ask for scores."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json"} | headers
+    return NO_RETRY.request("POST", f"{url}/score", body=data, headers=headers)
+
+
+def metrics_of(url):
+    """What the server counts, by name and labels."""
+    text = NO_RETRY.request("GET", f"{url}/metrics").data.decode()
+    return {
+        (s.name, *s.labels.values()): s.value
+        for family in text_string_to_metric_families(text)
+        for s in family.samples
+    }

@@ -10,6 +10,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from prm.data import Example
 from prm.model import quiet_transformers
 from prm.train import TrainConfig
 from trajectory.records import (
@@ -88,6 +89,45 @@ def make_trajectory(
         stop=StopReason.ANSWERED,
         answer="3",
         outcome=right,
+    )
+
+
+def make_turns(*turns: str, task: str = "t0", number: int = 0) -> Trajectory:
+    """A cut-off trajectory whose turns make a right (``+``) or wrong (``-``) call each, or none."""
+    steps = [
+        Step(
+            text=f"I make {len(turn)} calls",
+            calls=tuple(
+                ToolCall(name="calculator", arguments=f'{{"n": {n}}}') for n in range(len(turn))
+            ),
+            observations=tuple(Observation(content="3" if mark == "+" else "7") for mark in turn),
+        )
+        for turn in turns
+    ]
+    return Trajectory(
+        trajectory_id=f"{task}/{number}",
+        task=Task(task_id=task, domain="test", prompt=f"add it up {task}", answer="3"),
+        steps=tuple(steps),
+        stop=StopReason.MAX_STEPS,
+    )
+
+
+def make_example(*turns: tuple[int, int, int], name: str = "x") -> Example:
+    """An example whose turns have k calls, n rollouts and c right answers, given as (k, n, c)."""
+    positions, calls, end = [0], [], 0
+    for k, _, _ in turns:
+        calls.append(tuple(range(end + 2, end + 2 + 2 * k, 2)))
+        end = calls[-1][-1] if k else end + 1
+        positions.append(end)
+    return Example(
+        input_ids=tuple(i % 20 for i in range(end + 1)),
+        positions=tuple(positions),
+        rollouts=(6, *(n for _, n, _ in turns)),
+        correct=(3, *(c for _, _, c in turns)),
+        values=(0.5, *(c / n if n else None for _, n, c in turns)),
+        task_id="t",
+        trajectory_id=name,
+        calls=tuple(calls),
     )
 
 

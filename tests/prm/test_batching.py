@@ -103,15 +103,23 @@ def test_a_request_larger_than_the_queue_is_taken_when_nothing_waits(queue, held
     assert len(large.result(timeout=30)) == 5
 
 
-def test_a_given_up_request_is_not_scored(queue, held):
-    occupy(queue, held)
-    dropped, kept = queue.submit([row(4)]), queue.submit([row(5)])
-    assert dropped.cancel()
+def test_a_given_up_request_is_not_scored_and_makes_room(queue, held):
+    first = occupy(queue, held)
+    dropped, kept = queue.submit([row(4), row(3)]), queue.submit([row(5)])
+    with pytest.raises(QueueFull):
+        queue.check_room(1)
+    assert queue.give_up(dropped) == 2
+    assert queue.waiting == 1
+    queue.check_room(1)
+    assert queue.give_up(first) == 0  # it is being scored
     held.go.set()
     kept.result(timeout=30)
     assert held.batches == [[1], [5]]
-    with pytest.raises(CancelledError):
-        dropped.result()
+    for future in (dropped, first):
+        with pytest.raises(CancelledError):
+            future.result()
+    assert queue.give_up(kept) == 0
+    assert len(kept.result()) == 1  # what is answered stays answered
 
 
 def test_a_failing_trajectory_does_not_take_its_neighbours_along():

@@ -5,8 +5,10 @@ import json
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from prm.benchmarks.run import PublicBenchmark
+from prm.benchmarks.run import PublicBenchmark, draw_problems
 from prm.checkpoint import load_tasks
 from prm.evaluate import EvaluateConfig, evaluate
 from prm.train import train
@@ -178,6 +180,20 @@ def test_a_drawn_part_of_the_problems_is_counted(step_prm, tmp_path):
     report = evaluate(config(step_prm, "processbench", data, tmp_path / "out", problems=5))
     assert report["counts"]["problems"] == 5
     assert report["counts"]["problems_not_drawn"] == 7
+
+
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    count=st.integers(1, 40),
+    seed=st.integers(0, 5),
+)
+def test_problems_are_drawn_evenly_from_subsets(sizes, count, seed):
+    subsets = {f"{s}/{n}": str(s) for s, size in enumerate(sizes) for n in range(size)}
+    drawn = draw_problems(subsets, count, seed=seed)
+    assert len(drawn) == len(set(drawn)) == min(count, len(subsets))
+    found = [sum(subsets[p] == str(s) for p in drawn) for s in range(len(sizes))]
+    most = max(found)
+    assert all(f == size or f >= most - 1 for f, size in zip(found, sizes, strict=True))
 
 
 def test_bad_settings_are_refused(step_prm, base, labels, tmp_path):

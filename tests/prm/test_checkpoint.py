@@ -134,7 +134,7 @@ def test_a_folder_that_is_no_prm_is_refused(base):
     [
         ({"schema_version": "2.0"}, "schema version 2.0, this version reads 1.2"),
         ({"schema_version": None}, "schema version None"),
-        ({"rendering": 99}, "rendering 99, this version renders 1"),
+        ({"rendering": 1}, "rendering 1, this version renders 2"),
         ({"base_log_odds": 0.5}, "head 'value' has no base_log_odds: restore the file"),
         ({"head": "implicit"}, "head 'implicit' needs base_log_odds: restore the file"),
         (

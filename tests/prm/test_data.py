@@ -13,10 +13,12 @@ from prm.data import (
     keep_short,
     make_examples,
     pad,
+    places,
     plan_steps,
 )
+from prm.heads import HEADS
 from prm.rendering import render
-from tests.prm.synthetic import label_row, make_tokenizer, make_trajectory
+from tests.prm.synthetic import label_row, make_example, make_tokenizer, make_trajectory
 from trajectory.errors import InputError
 from trajectory.records import Observation, Step, StopReason, Task, ToolCall
 
@@ -64,16 +66,77 @@ def test_what_the_agent_wrote_are_the_segments_of_its_actions():
             assert len(texts) == len(row.positions) - 1
 
 
-def test_several_observations_are_joined_by_newlines():
+def with_calls(*contents, text="call"):
+    """A step that makes a call for each of the contents, which are the results."""
     call = ToolCall(name="calculator", arguments="{}")
-    step = Step(
-        text="two calls",
-        calls=(call, call),
-        observations=(Observation(content="1"), Observation(content="2")),
+    return Step(
+        text=text,
+        calls=(call,) * len(contents),
+        observations=tuple(Observation(content=c) for c in contents),
     )
-    trajectory = replace(make_trajectory(""), steps=(step,))
+
+
+def test_every_observation_is_a_segment_of_its_own_and_scored_at_its_end():
+    steps = (with_calls("1", "22"), Step(text="think"), with_calls("3"))
+    trajectory = replace(make_trajectory(""), steps=steps)
     rendered = render([trajectory], TOKENIZER)[0]
-    assert decode(rendered.input_ids).endswith("[observation]\n1\n2\n")
+    segments = [
+        "[task]\nadd it up t0\n",  # 20 tokens: one per byte
+        "[action]\ncall\n",  # 14
+        "[observation]\n1\n",  # 16
+        "[observation]\n22\n",  # 17
+        "[action]\nthink\n",  # 15
+        "[action]\ncall\n",  # 14
+        "[observation]\n3\n",  # 16
+    ]
+    assert [len(s) for s in segments] == [20, 14, 16, 17, 15, 14, 16]
+    expected = [i for s in segments for i in TOKENIZER(s, add_special_tokens=False)["input_ids"]]
+    assert rendered.input_ids == tuple(expected)
+    assert rendered.positions == (19, 66, 81, 111)
+    assert rendered.calls == ((49, 66), (), (111,))
+    assert rendered.scored == (19, 49, 66, 81, 111)
+
+
+def test_calls_share_their_steps_position_before_their_results():
+    trajectory = replace(make_trajectory(""), steps=(with_calls("1", "22"), with_calls("3")))
+    rendered = render([trajectory], TOKENIZER, position="action")[0]
+    assert rendered.positions == rendered.scored == (19, 33, 80)
+    assert rendered.calls == ((33, 33), (80,))
+
+
+@pytest.mark.parametrize("position", ["observation", "action"])
+def test_rows_of_one_call_per_turn_have_the_ids_and_positions_of_version_1(position):
+    trajectory = make_trajectory("+-+")
+    text = "[task]\nadd it up t0\n"
+    ends = [len(text) - 1]
+    for step in trajectory.steps:
+        text += f"[action]\n{step.text}\n"
+        action = len(text) - 1
+        if step.calls:  # as version 1 wrote it: all contents, one per line, in one segment
+            contents = "\n".join(o.content for o in step.observations)
+            text += f"[observation]\n{contents}\n"
+        ends.append(len(text) - 1 if position == "observation" else action)
+    rendered = render([trajectory], TOKENIZER, position=position)[0]
+    assert decode(rendered.input_ids) == text
+    assert rendered.positions == rendered.scored == tuple(ends)
+
+
+@given(turns=st.lists(st.lists(st.text(max_size=9), max_size=3), max_size=4))
+def test_what_is_scored_ends_a_segment_whatever_the_observations_say(turns):
+    steps = tuple(with_calls(*contents) for contents in turns)
+    rendered = render([replace(make_trajectory(""), steps=steps)], TOKENIZER)[0]
+    end = len("[task]\nadd it up t0\n") - 1
+    expected = [end]
+    for contents in turns:
+        end += len("[action]\ncall\n")
+        found = []
+        for content in contents:
+            end += len(f"[observation]\n{content}\n".encode("utf-8", "replace"))
+            found.append(end)
+        expected += found or [end]
+    assert rendered.scored == tuple(expected)
+    assert [len(c) for c in rendered.calls] == [len(contents) for contents in turns]
+    assert all(c[-1] == p for c, p in zip(rendered.calls, rendered.positions[1:], strict=True) if c)
 
 
 @pytest.mark.parametrize("where", ["prompt", "observation"])
@@ -162,6 +225,43 @@ def example_of(length, *, positions=(0,), name="x"):
     )
 
 
+def test_the_positions_of_a_turn_share_its_counts_and_its_weight():
+    example = make_example((3, 6, 2), (0, 4, 4), (1, 8, 8), (2, 0, 0))
+    assert example.positions == (0, 6, 7, 9, 13)
+    found = places(example, HEADS["value"].targets(example), inner=True)
+    assert [p.column for p in found] == [0, 2, 4, 6, 7, 9, 11, 13]
+    assert [p.weight for p in found] == [6, 2, 2, 2, 4, 8, 0, 0]
+    assert [p.target for p in found] == [0.5, 1 / 3, 1 / 3, 1 / 3, 1, 1, 0, 0]
+    found = places(example, HEADS["binary"].targets(example), inner=True)
+    third = pytest.approx(1 / 3)
+    assert [p.weight for p in found] == [1, third, third, third, 1, 1, 0, 0]
+
+
+def test_prefixes_alone_keep_their_whole_weight():
+    example = make_example((3, 6, 2), (2, 4, 4))
+    found = places(example, HEADS["value"].targets(example), inner=False)
+    assert [tuple(p) for p in found] == [(0, 0.5, 6), (6, 1 / 3, 6), (10, 1, 4)]
+
+
+def test_calls_that_share_a_position_do_not_divide_its_weight():
+    example = replace(make_example((1, 6, 2)), calls=((2, 2, 2),))
+    found = places(example, HEADS["value"].targets(example), inner=True)
+    assert [tuple(p) for p in found] == [(0, 0.5, 6), (2, 1 / 3, 6)]
+
+
+@pytest.mark.parametrize("calls", [((2,), (4,)), ((1,),), ((2, 1),)])
+def test_calls_of_other_steps_are_refused_with_the_row(calls):
+    with pytest.raises(InputError, match=r"row a/0: its steps end at tokens \(2,\), their calls"):
+        replace(make_example((1, 6, 2)), calls=calls, trajectory_id="a/0")
+
+
+def test_an_example_knows_where_its_calls_end():
+    trajectory = replace(make_trajectory("+"), steps=(with_calls("1", "2"), Step(text="The end")))
+    example = make_examples([label_row(trajectory, "+")], TOKENIZER)[0]
+    assert example.calls == render([trajectory], TOKENIZER)[0].calls
+    assert [len(c) for c in example.calls] == [2, 0]
+
+
 def test_long_rows_are_an_error_that_names_the_longest():
     with pytest.raises(InputError, match=r"2 of 3 .* \(long: 9\).*--on-long drop"):
         keep_short(
@@ -171,7 +271,7 @@ def test_long_rows_are_an_error_that_names_the_longest():
         )
 
 
-def test_dropped_rows_are_counted():
+def test_dropped_rows_are_make_example():
     kept, dropped = keep_short([example_of(3), example_of(6)], max_length=5, on_long="drop")
     assert [len(e.input_ids) for e in kept] == [3]
     assert dropped == 1

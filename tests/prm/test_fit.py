@@ -1,5 +1,7 @@
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -11,10 +13,10 @@ from prm.fit import FitOptions, Fitter
 from prm.heads import HEADS
 from prm.layout import LAYOUTS
 from prm.model import new_model, open_tokenizer
-from prm.predict import predict
+from prm.predict import Predictions, predict
 from prm.schedule import default_learning_rate, learning_rate_at
-from prm.stages import is_head
-from tests.prm.synthetic import make_rows
+from prm.stages import broken_rows, is_head
+from tests.prm.synthetic import label_row, make_example, make_rows, make_turns
 
 
 class Curves:
@@ -85,6 +87,57 @@ def test_predictions_come_in_the_examples_order_for_any_batch_size(base, example
     large = predict(model, examples, head, layout=LAYOUTS["none"], batch_tokens=100_000, pad_id=0)
     assert small.margins_P == pytest.approx(large.margins_P, abs=1e-5)
     assert small.weights_P.tolist() == [float(n) for e in examples for n in e.rollouts]
+
+
+@pytest.mark.parametrize("name", sorted(HEADS))
+def test_a_step_trains_the_calls_inside_turns_of_all_heads_that_say_so(base, tmp_path, name):
+    rows = [label_row(make_turns("+-", "-++", task=f"t{i}"), "+") for i in range(3)]
+    several = make_examples(rows, open_tokenizer(base))
+    prefixes = [replace(e, calls=()) for e in several]
+    found = []
+    for examples in (several, prefixes):
+        fitter = fitter_of(base, tmp_path, head=name)
+        torch.manual_seed(0)
+        model = fitter.raw_model
+        layer = model.policy.lm_head if HEADS[name].is_log_ratio else model.score
+        torch.nn.init.normal_(layer.weight)
+        found.append(fitter._step([examples])[0])
+    assert (found[0] == found[1]) is not HEADS[name].inner
+
+
+def test_predictions_are_of_prefixes_unless_calls_are_asked_for(base):
+    turns = (("+-", "-++"), ("", "+"))
+    rows = [label_row(make_turns(*t, task=f"t{i}"), "+") for i, t in enumerate(turns)]
+    examples = make_examples(rows, open_tokenizer(base))
+    head = HEADS["value"]
+    model = new_model(base, head, base_rate=0.5, seed=0)
+    prefixes, every = (
+        predict(
+            model,
+            examples,
+            head,
+            layout=LAYOUTS["none"],
+            batch_tokens=100,
+            pad_id=0,
+            inner=inner,
+        )
+        for inner in (False, True)
+    )
+    assert prefixes.sizes == (3, 3)
+    assert every.sizes == (6, 3)
+    last = [0, 2, 5, 6, 7, 8]  # where prefixes stand among all
+    assert every.margins_P[last] == pytest.approx(prefixes.margins_P, abs=1e-6)
+    assert every.weights_P[1:3].tolist() == [4, 4]  # two calls share 8 rollouts
+    assert prefixes.weights_P[1] == 8
+
+
+def test_a_row_whose_call_inside_a_turn_breaks_the_numbers_is_named():
+    examples = [make_example((2, 4, 1), name="a"), make_example((3, 4, 1), name="b")]
+    margins = np.array([0.0, 0.0, 0.0, 0.0, math.nan, 0.0, 0.0])
+    predictions = Predictions(
+        margins_P=margins, targets_P=margins, weights_P=margins, sizes=(3, 4), loss=math.nan
+    )
+    assert broken_rows(examples, predictions) == "rows without finite scores: b"
 
 
 def test_training_lowers_both_likelihoods_and_keeps_the_best_weights(base, examples, tmp_path):

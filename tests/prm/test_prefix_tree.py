@@ -20,7 +20,7 @@ from prm.prefix_tree import (
 )
 from prm.recipe import RecipeConfig
 from prm.train import train
-from tests.prm.synthetic import label_row, make_trajectory, small_config
+from tests.prm.synthetic import label_row, make_trajectory, make_turns, small_config
 from trajectory.errors import InputError
 
 ROWS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6).map(tuple), min_size=1)
@@ -89,6 +89,7 @@ def branching_examples(base):
     rows = [
         label_row(make_trajectory(m, task=task), m) for task, group in marks.items() for m in group
     ]
+    rows += [label_row(make_turns("+-", "+", task="t2"), "-")]  # two calls in a turn
     return make_examples(rows, open_tokenizer(base))
 
 
@@ -97,9 +98,11 @@ def test_rows_of_a_tree_have_the_loss_and_gradient_of_padded_ones(base, name):
     head = HEADS[name]
     examples = branching_examples(base)
     padded, tree = (
-        f(examples, head.targets, pad_id=0, written=head.is_log_ratio)
+        f(examples, head.targets, pad_id=0, inner=head.inner, written=head.is_log_ratio)
         for f in (collate, collate_tree)
     )
+    for field in ("rows_P", "targets_P", "weights_P"):
+        assert torch.equal(getattr(padded, field), getattr(tree, field))
     assert tree.input_ids_BT.numel() < 0.6 * sum(len(e.input_ids) for e in examples)
     found = []
     for batch in (padded, tree):

@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -8,7 +9,7 @@ from prm.checkpoint import load_checkpoint
 from prm.heads import HEADS
 from prm.model import pick_device
 from prm.score import AGGREGATIONS, ScoreConfig, Scorer, aggregate, score
-from tests.prm.synthetic import make_trajectory
+from tests.prm.synthetic import make_trajectory, make_turns
 from trajectory.errors import InputError
 from trajectory.records import Step, StepScores
 from trajectory.store import read_jsonl, write_jsonl
@@ -32,6 +33,31 @@ def test_one_score_per_prefix_in_the_order_given(scorer):
     assert {(s.kind, s.position, s.checkpoint) for s in found} == {
         ("value", "observation", scorer.checkpoint_hash)
     }
+
+
+def test_a_call_has_the_score_of_its_turn_with_the_results_up_to_it(scorer):
+    whole = make_turns("+-+", "", "-+")
+    scores = scorer.score([whole])[0]
+    assert [len(c) for c in scores.calls] == [3, 0, 2]
+    assert len({v for c in scores.calls for v in c}) == 5
+    for t, turn in enumerate(whole.steps):
+        for j, found in enumerate(scores.calls[t], start=1):
+            seen = replace(turn, calls=turn.calls[:j], observations=turn.observations[:j])
+            cut = replace(whole, steps=(*whole.steps[:t], seen))
+            assert found == pytest.approx(scorer.score([cut])[0].values[-1], abs=1e-6)
+    assert (scores.calls[0][-1], scores.calls[2][-1]) == (scores.values[1], scores.values[3])
+
+
+def test_one_call_per_turn_says_nothing_new(scorer):
+    scores = scorer.score([make_trajectory("+-")])[0]
+    assert scores.calls == (scores.values[1:2], scores.values[2:3], ())
+
+
+def test_calls_share_the_score_of_a_turn_that_is_scored_before_its_results(scorer):
+    metadata = scorer.metadata.model_copy(update={"position": "action"})
+    before = Scorer(replace(scorer.checkpoint, metadata=metadata), torch.device("cpu"))
+    scores = before.score([make_turns("+-+", "-")])[0]
+    assert scores.calls == ((scores.values[1],) * 3, (scores.values[2],))
 
 
 def test_scores_do_not_depend_on_padding_or_company(prm_folder, scorer):
@@ -120,12 +146,15 @@ def config_of(prm_folder, tmp_path, **changes):
 
 def test_a_file_of_trajectories_becomes_a_file_of_scores(prm_folder, scorer, tmp_path):
     config = config_of(prm_folder, tmp_path)
-    write_jsonl(config.trajectories, trajectories())
-    assert score(config) == 7
+    rows = [*trajectories(), make_turns("+-", "", "-+-", task="several")]
+    write_jsonl(config.trajectories, rows)
+    assert score(config) == 8
     written = list(read_jsonl(config.out, StepScores))
-    for ours, direct in zip(written, scorer.score(trajectories()), strict=True):
+    for ours, direct in zip(written, scorer.score(rows), strict=True):
         assert ours.trajectory_id == direct.trajectory_id
         assert ours.values == pytest.approx(direct.values, abs=1e-6)
+        for calls, wanted in zip(ours.calls, direct.calls, strict=True):
+            assert calls == pytest.approx(wanted, abs=1e-6)
 
 
 def test_an_interrupted_file_is_continued(prm_folder, tmp_path):

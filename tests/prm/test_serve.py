@@ -1,32 +1,25 @@
 import json
 import os
-import random
 import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-import torch
-import urllib3
-from prometheus_client.parser import text_string_to_metric_families
 
 from prm.cli import main
 from prm.remote import TOKEN_VARIABLE, RemoteScorer
 from prm.score import Scorer
 from prm.serve import ServeConfig, read_token
-from tests.prm.loopback import serving
-from tests.prm.synthetic import make_trajectory
+from tests.prm.loopback import NO_RETRY, metrics_of, post, runs, serving
+from tests.prm.synthetic import make_trajectory, make_turns
 from trajectory.codec import to_json
 from trajectory.errors import InputError
-from trajectory.formats import to_messages
+from trajectory.formats import from_messages, to_messages
 from trajectory.records import Step
-
-NO_RETRY = urllib3.PoolManager(maxsize=64, retries=False, timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -45,36 +38,19 @@ def _no_token(monkeypatch):
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
 
 
-def runs(count, seed=0):
-    rng = random.Random(seed)
-    marks = ["".join(rng.choice("+-") for _ in range(rng.randint(0, 5))) for _ in range(count)]
-    return [make_trajectory(m, task=f"r{i}") for i, m in enumerate(marks)]
-
-
-def post(url, body, **headers):
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    headers = {"Content-Type": "application/json"} | headers
-    return NO_RETRY.request("POST", f"{url}/score", body=data, headers=headers)
-
-
-def metrics_of(url):
-    text = NO_RETRY.request("GET", f"{url}/metrics").data.decode()
-    return {
-        (s.name, *s.labels.values()): s.value
-        for family in text_string_to_metric_families(text)
-        for s in family.samples
-    }
-
-
 def test_trajectories_get_the_scores_they_get_in_process(url, scorer):
-    trajectories = runs(5)
+    trajectories = [*runs(5), make_turns("+-", "", "-+-", task="several")]
     for calibrated in (True, False):
         body = {"trajectories": [to_json(t) for t in trajectories], "calibrated": calibrated}
         answer = post(url, body).json()
         expected = scorer.score(trajectories, calibrated=calibrated)
         for found, wanted in zip(answer["scores"], expected, strict=True):
             assert found["values"] == pytest.approx(wanted.values, abs=1e-5)
-            assert found | {"values": []} == to_json(replace(wanted, values=())) | {"values": []}
+            assert [len(c) for c in found["calls"]] == [len(c) for c in wanted.calls]
+            for one, other in zip(found["calls"], wanted.calls, strict=True):
+                assert one == pytest.approx(other, abs=1e-5)
+            bare = {"values": [], "calls": []}
+            assert found | bare == to_json(replace(wanted, values=(), calls=()))
         last = [s["values"][-1] for s in answer["scores"]]
         assert (answer["aggregation"], answer["aggregates"]) == ("last", last)
 
@@ -93,6 +69,27 @@ def test_messages_get_the_scores_of_the_trajectory_they_are(url, scorer):
     assert post(url, {"messages": parts}).json()["aggregates"] == pytest.approx(
         answer["aggregates"], abs=1e-6
     )
+
+
+def test_messages_get_a_score_per_call_in_call_order_whatever_the_order_of_results(url, scorer):
+    trajectory = make_turns("+-+", "", "-", task="t")
+    messages = to_messages(trajectory)
+    assert [i for i, m in enumerate(messages) if m["role"] == "tool"] == [2, 3, 4, 7]
+    shuffled = [messages[i] for i in (0, 1, 4, 2, 3, 5, 6, 7)]
+    ordered, other = (
+        post(url, {"messages": m, "trajectory_id": "t"}).json()["scores"][0]
+        for m in (messages, shuffled)
+    )
+    assert other == ordered | {
+        "values": pytest.approx(ordered["values"], abs=1e-6),
+        "calls": [pytest.approx(c, abs=1e-6) for c in ordered["calls"]],
+    }
+    assert [len(c) for c in ordered["calls"]] == [3, 0, 1]
+    read = from_messages(shuffled, trajectory_id="t", task=trajectory.task)
+    (expected,) = scorer.score([read])
+    for found, wanted in zip(ordered["calls"], expected.calls, strict=True):
+        assert found == pytest.approx(wanted, abs=1e-5)
+    assert len({v for c in ordered["calls"] for v in c}) == 4
 
 
 def test_an_empty_list_gets_an_empty_answer(url):
@@ -214,44 +211,8 @@ def test_a_token_is_asked_for_everywhere_but_for_health(scorer, monkeypatch):
         assert len(RemoteScorer(url).score(runs(1))) == 1
 
 
-class Held(Scorer):
-    """A scorer that waits until it is let go."""
-
-    def __init__(self, scorer):
-        super().__init__(scorer.checkpoint, torch.device("cpu"))
-        self.go, self.begun = threading.Event(), threading.Event()
-
-    def margins(self, rendered):
-        self.begun.set()
-        assert self.go.wait(30)
-        return super().margins(rendered)
-
-
-def test_a_full_queue_is_429_and_the_client_comes_back(scorer):
-    held = Held(scorer)
-    body = {"trajectories": [to_json(runs(1)[0])]}
-    with serving(held, max_waiting=1) as url, ThreadPoolExecutor(3) as pool:
-        first = pool.submit(post, url, body)
-        assert held.begun.wait(30)
-        second = pool.submit(post, url, body)
-        while metrics_of(url)["prm_waiting_trajectories",] < 1:
-            pass
-        refused = post(url, body)
-        assert refused.status == 429
-        assert int(refused.headers["Retry-After"]) >= 1
-        assert "1 trajectories are waiting already" in refused.json()["detail"]
-        with pytest.raises(InputError, match="answered 429"):
-            RemoteScorer(url, retries=0).score(runs(1))
-        patient = pool.submit(RemoteScorer(url).score, runs(1))
-        while metrics_of(url)["prm_requests_total", "/score", "429"] < 3:
-            pass
-        held.go.set()
-        assert (first.result(30).status, second.result(30).status) == (200, 200)
-        assert patient.result(30) == scorer.score(runs(1))
-
-
 def test_a_remote_scorer_gives_what_a_scorer_gives(url, scorer):
-    trajectories = runs(21)
+    trajectories = [*runs(20), make_turns("+-", "", "-+-", task="several")]
     remote = RemoteScorer(url, per_request=4, concurrency=3)
     for calibrated in (True, False):
         found = remote.score(trajectories, calibrated=calibrated)
@@ -259,7 +220,9 @@ def test_a_remote_scorer_gives_what_a_scorer_gives(url, scorer):
             found, scorer.score(trajectories, calibrated=calibrated), strict=True
         ):
             assert one.values == pytest.approx(other.values, abs=1e-5)
-            assert replace(one, values=other.values) == other
+            for ours, wanted in zip(one.calls, other.calls, strict=True):
+                assert ours == pytest.approx(wanted, abs=1e-5)
+            assert replace(one, values=other.values, calls=other.calls) == other
     assert remote.score([]) == []
 
 

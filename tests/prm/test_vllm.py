@@ -11,7 +11,7 @@ from prm.checkpoint import load_metadata, load_tasks, save_checkpoint
 from prm.heads import HEADS
 from prm.model import new_model, open_tokenizer
 from prm.score import Scorer
-from tests.prm.synthetic import make_trajectory
+from tests.prm.synthetic import make_trajectory, make_turns
 
 SERVE = """
 import json, sys
@@ -72,6 +72,7 @@ def test_the_pooling_runner_gives_the_same_scores(prm_folder, base, tmp_path, he
         )
     scorer = Scorer.load(folder, device="cpu")
     runs = [make_trajectory(marks, task=f"v{i}") for i, marks in enumerate(("+-", "+++", "-", ""))]
+    runs.append(make_turns("+-", "", "-+-", task="several"))
     rendered = scorer.render(runs)
     served = serve(folder, [list(r.input_ids) for r in rendered], tmp_path)
     ours = scorer.score(runs, calibrated=False)
@@ -80,3 +81,5 @@ def test_the_pooling_runner_gives_the_same_scores(prm_folder, base, tmp_path, he
     for row, row_served, scores in zip(rendered, served, ours, strict=True):
         found = [row_served[p] for p in row.positions]
         assert found == pytest.approx(scores.values, abs=1e-3)
+        for places, wanted in zip(row.calls, scores.calls, strict=True):
+            assert [row_served[p] for p in places] == pytest.approx(wanted, abs=1e-3)

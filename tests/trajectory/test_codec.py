@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import pytest
@@ -42,6 +42,17 @@ def test_encoding_yields_plain_json_values():
 
 def test_a_field_with_a_default_may_be_missing():
     assert from_json(Sampling, {"temperature": 0.5}) == Sampling(temperature=0.5)
+
+
+def test_scores_written_before_calls_were_scored_still_load():
+    old = (
+        '{"trajectory_id": "a", "checkpoint": "c0ffee", "values": [0.5, 0.25], '
+        '"kind": "value", "position": "observation"}'
+    )
+    scores = from_json(StepScores, json.loads(old))
+    assert (scores.values, scores.calls) == ((0.5, 0.25), ())
+    with_calls = replace(scores, calls=((0.75, 0.25),))
+    assert from_json(StepScores, json.loads(json.dumps(to_json(with_calls)))) == with_calls
 
 
 def test_an_integer_is_accepted_for_a_float():

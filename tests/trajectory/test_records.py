@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.examples import make_labelled, make_step, make_trajectory
+from tests.examples import make_labelled, make_scores, make_step, make_trajectory
 from trajectory.records import (
     LabelledTrajectory,
     Sampling,
@@ -126,3 +126,14 @@ def test_labelled_parts_must_cover_every_prefix():
     shorter = make_labelled(num_steps=1).evidence
     with pytest.raises(ValueError, match="evidence for 2 prefixes, but 2 steps have 3"):
         LabelledTrajectory(trajectory=row.trajectory, evidence=shorter, labels=row.labels)
+
+
+def test_scores_of_calls_end_with_the_score_of_their_step():
+    scores = make_scores(make_trajectory(2))
+    v = scores.values
+    kept = replace(scores, calls=((0.9, v[1]), ()))
+    assert kept.calls[0][-1] == kept.values[1]
+    with pytest.raises(ValueError, match="step 1 scores 0.3.*, but its last call 0.9"):
+        replace(scores, calls=((v[1], 0.9), ()))
+    with pytest.raises(ValueError, match="the calls of 1 steps, but 3 prefixes"):
+        replace(scores, calls=((v[1],),))
