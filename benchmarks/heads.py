@@ -93,6 +93,7 @@ ARMS = (
     Arm(head="binary", target="soft", rollouts="1"),  # with one rollout, hard labels are the same
     Arm(head="token", target="soft", rollouts="1"),
     Arm(head="ranking", target="soft", rollouts="1"),
+    Arm(head="implicit", target="counts", rollouts="1"),
     Arm(head="value", target="counts", rollouts="1", position="action"),
     *(
         arm
@@ -103,6 +104,7 @@ ARMS = (
         )
     ),
     Arm(head="ranking", target="soft", rollouts="8"),  # its labels are nearer to certain here
+    Arm(head="implicit", target="counts", rollouts="8"),
 )
 
 

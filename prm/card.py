@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from prm.calibrate import Calibration
 from prm.checkpoint import Metadata, load_metadata
+from prm.heads import get_head
 from prm.metrics import show_estimate
 from trajectory.atomic import atomic_path
 from trajectory.errors import InputError
@@ -115,6 +116,7 @@ def make_card(folder: str | Path, *, repo: str | None = None) -> str:
         attacks=_attack_rows(attacks),
         epsilon=attacks.get("epsilon"),
         head=metadata.head,
+        beta=get_head(metadata.head).beta,
         kind=metadata.kind,
         rendering=metadata.rendering,
         schema=metadata.schema_version,
@@ -143,11 +145,12 @@ def _front_matter(metadata: Metadata) -> str:
     """Write the hub's metadata."""
     from huggingface_hub import ModelCardData
 
+    is_pair = get_head(metadata.head).is_log_ratio
     is_local = Path(metadata.base_model).exists()  # a folder of one's own means nothing elsewhere
     data = ModelCardData(
         base_model=None if is_local else metadata.base_model,
         library_name="transformers",
-        pipeline_tag="token-classification",
+        pipeline_tag="text-generation" if is_pair else "token-classification",
         tags=["process-reward-model", "reward-model", "agents", "tool-use", "toolprm"],
     )
     return data.to_yaml().strip()

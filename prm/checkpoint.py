@@ -5,6 +5,9 @@ default aggregation, calibration, provenance. ``tasks.json`` lists the tasks the
 and validated on, so that evaluation can refuse them. A save is staged in a hidden folder first
 and moved in file by file, ``prm.json`` last: a full disk leaves the old checkpoint as it was, and
 weights that do not belong to their ``prm.json`` are refused on loading.
+
+A model of the implicit head is two: the trained causal language model lies in the folder itself,
+the one it is compared with in the subfolder ``reference``.
 """
 
 from __future__ import annotations
@@ -20,18 +23,25 @@ from typing import TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from transformers import AutoModelForTokenClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from prm.calibrate import Calibration
 from prm.heads import Head, Kind, get_head
-from prm.model import embedding_rows, open_tokenizer, quiet_transformers
+from prm.implicit import REFERENCE, ImplicitModel
+from prm.model import Network, embedding_rows, open_tokenizer, quiet_transformers
 from prm.rendering import RENDERING, Position
 from trajectory.atomic import atomic_folder
 from trajectory.errors import InputError
 from trajectory.run import sha256_of
 
-SCHEMA_VERSION = "1.1"
-"""``major.minor`` of ``prm.json``; other majors are refused. 1.1 added isotonic calibration."""
+SCHEMA_VERSION = "1.2"
+"""``major.minor`` of ``prm.json``; other majors are refused. 1.1 added isotonic calibration, 1.2 an
+implicit head."""
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -84,8 +94,10 @@ class Metadata(BaseModel):
     provenance: Provenance
     training: Mapping[str, float | int | str | None]
     """Metrics and sizes of the training run."""
+    base_log_odds: float | None = None
+    """Logit of the implicit head before any action; None for others. Filled when saved."""
     weights: Mapping[str, str] = {}
-    """Weight file to sha256; filled when the checkpoint is saved."""
+    """Weight file to sha256, of subfolders too; filled when the checkpoint is saved."""
 
 
 class TaskSplit(BaseModel):
@@ -102,7 +114,7 @@ class TaskSplit(BaseModel):
 class Checkpoint:
     """A loaded reward model."""
 
-    model: PreTrainedModel
+    model: Network
     tokenizer: PreTrainedTokenizerBase
     metadata: Metadata
     head: Head
@@ -120,7 +132,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
 def save_checkpoint(
     folder: str | Path,
     *,
-    model: PreTrainedModel,
+    model: Network,
     tokenizer: PreTrainedTokenizerBase,
     metadata: Metadata,
     tasks: TaskSplit,
@@ -130,7 +142,7 @@ def save_checkpoint(
     Returns
     -------
     Metadata
-        With the hashes of the weight files.
+        With the hashes of the weight files and the model's own constant.
 
     Raises
     ------
@@ -145,11 +157,16 @@ def save_checkpoint(
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         (temporary / TASKS).write_text(tasks.model_dump_json(indent=2) + "\n")
-        weights = {p.name: sha256_of(p) for p in sorted(temporary.glob("*.safetensors"))}
-        metadata = metadata.model_copy(update={"weights": weights})
+        weights = {
+            p.relative_to(temporary).as_posix(): sha256_of(p)
+            for p in sorted(temporary.rglob("*.safetensors"))
+        }
+        constant = model.base_log_odds if isinstance(model, ImplicitModel) else None
+        metadata = metadata.model_copy(update={"weights": weights, "base_log_odds": constant})
         (temporary / METADATA).write_text(metadata.model_dump_json(indent=2) + "\n")
-    names = sorted(p.name for p in staged.iterdir())
+    names = sorted(str(p.relative_to(staged)) for p in staged.rglob("*") if p.is_file())
     for name in [*(n for n in names if n != METADATA), METADATA]:  # moving needs no disk space
+        (folder / name).parent.mkdir(exist_ok=True)
         os.replace(staged / name, folder / name)
     shutil.rmtree(staged)
     for name in stale - set(names):
@@ -158,8 +175,13 @@ def save_checkpoint(
 
 
 def _weight_files(folder: Path) -> set[str]:
-    """Name the weight files of a folder, sharding index included."""
-    return {p.name for pattern in ("*.safetensors", "*.index.json") for p in folder.glob(pattern)}
+    """Name the weight files of a folder and of its reference, sharding index included."""
+    return {
+        str(p.relative_to(folder))
+        for place in (folder, folder / REFERENCE)
+        for pattern in ("*.safetensors", "*.index.json")
+        for p in place.glob(pattern)
+    }
 
 
 def load_checkpoint(folder: str | Path) -> Checkpoint:
@@ -196,27 +218,45 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     )
 
 
-def _load_model(folder: Path, metadata: Metadata, vocabulary: Vocabulary) -> PreTrainedModel:
+def _load_model(folder: Path, metadata: Metadata, vocabulary: Vocabulary) -> Network:
     """Load the weights and check that they fit head and vocabulary."""
-    try:
-        with quiet_transformers():
-            model = AutoModelForTokenClassification.from_pretrained(folder, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"the weights in {folder} do not load: {error}") from error
-    classes = len(get_head(metadata.head).classes)
-    if model.config.num_labels != classes:
-        raise InputError(
-            f"the model in {folder} has {model.config.num_labels} classes, head "
-            f"{metadata.head!r} needs {classes}"
+    head = get_head(metadata.head)
+    model: Network
+    if head.beta is None:
+        model = _load_part(AutoModelForTokenClassification, folder)
+        if model.config.num_labels != len(head.classes):
+            raise InputError(
+                f"the model in {folder} has {model.config.num_labels} classes, head "
+                f"{metadata.head!r} needs {len(head.classes)}"
+            )
+    else:
+        assert metadata.base_log_odds is not None
+        model = ImplicitModel(
+            policy=_load_part(AutoModelForCausalLM, folder),
+            reference=_load_part(AutoModelForCausalLM, folder / REFERENCE),
+            beta=head.beta,
+            base_log_odds=metadata.base_log_odds,
         )
-    rows = embedding_rows(model)
+    rows = embedding_rows(model.reference if isinstance(model, ImplicitModel) else model)
     if vocabulary.size > rows:
         raise InputError(
             f"the base vocabulary of {folder} does not match: {vocabulary.size} tokens, but the "
             f"model embeds {rows}"
         )
-    assert isinstance(model, PreTrainedModel)
     model.train(False)
+    return model
+
+
+def _load_part(
+    kind: type[AutoModelForCausalLM] | type[AutoModelForTokenClassification], folder: Path
+) -> PreTrainedModel:
+    """Load the weights of one folder in float32."""
+    try:
+        with quiet_transformers():
+            model = kind.from_pretrained(folder, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"the weights in {folder} do not load: {error}") from error
+    assert isinstance(model, PreTrainedModel)
     return model
 
 
@@ -243,13 +283,19 @@ def load_metadata(folder: str | Path) -> Metadata:
             f"{RENDERING}: use the version that wrote it, or train again"
         )
     try:
-        kind = get_head(metadata.head).kind
+        head = get_head(metadata.head)
     except InputError as error:
         raise InputError(f"{folder / METADATA}: {error}") from error
-    if kind != metadata.kind:
+    if head.kind != metadata.kind:
         raise InputError(
-            f"{folder / METADATA}: head {metadata.head!r} is of kind {kind!r}, not "
+            f"{folder / METADATA}: head {metadata.head!r} is of kind {head.kind!r}, not "
             f"{metadata.kind!r}: restore the file, or train again"
+        )
+    if head.is_log_ratio != (metadata.base_log_odds is not None):
+        raise InputError(
+            f"{folder / METADATA}: head {metadata.head!r} "
+            f"{'needs' if head.is_log_ratio else 'has no'} base_log_odds: restore the file, or "
+            "train again"
         )
     return metadata
 

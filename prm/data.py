@@ -59,6 +59,8 @@ class Example:
     calls: tuple[tuple[int, ...], ...] = ()
     """Per step, the token index at which each of its calls is scored; the last is the step's own.
     Empty: prefixes alone are scored."""
+    written: tuple[tuple[int, int], ...] | None = None
+    """First token and end of every part that the agent wrote; None if not known."""
 
     def __post_init__(self) -> None:
         steps = self.positions[1:]
@@ -108,6 +110,11 @@ class Batch:
     ancestors_TT: torch.Tensor | None = None
     """What each token of a single line sees, where rows share their prefixes (`prm.prefix_tree`);
     None elsewhere."""
+    written_BT: torch.Tensor | None = None
+    """True on the tokens that the agent wrote; None for heads that do not ask."""
+    parents_T: torch.Tensor | None = None
+    """Index of the token that each token of such a tree follows, -1 at the beginning of a row; None
+    elsewhere and for heads that do not ask who wrote what."""
 
 
 def make_examples(
@@ -164,6 +171,7 @@ def _example(row: LabelledTrajectory, rendered: Rendered, *, mask_start: bool) -
         task_id=row.trajectory.task.task_id,
         trajectory_id=row.trajectory.trajectory_id,
         calls=rendered.calls,
+        written=rendered.written,
     )
 
 
@@ -304,8 +312,12 @@ def collate(
     *,
     pad_id: int,
     inner: bool = False,
+    written: bool = False,
 ) -> Batch:
-    """Pad examples on the right and gather their scored positions and targets (see `places`)."""
+    """Pad examples on the right and gather their scored positions and targets (see `places`).
+
+    With ``written``, the batch also says which tokens the agent wrote.
+    """
     scored = [places(e, target(e), inner=inner) for e in examples]
     flat = [(row, place) for row, found in enumerate(scored) for place in found]
     input_ids_BT, attention_mask_BT = pad([e.input_ids for e in examples], pad_id=pad_id)
@@ -316,7 +328,54 @@ def collate(
         columns_P=torch.tensor([place.column for _, place in flat]),
         targets_P=torch.tensor([place.target for _, place in flat], dtype=torch.float32),
         weights_P=torch.tensor([place.weight for _, place in flat], dtype=torch.float32),
+        written_BT=mark_written(examples, input_ids_BT) if written else None,
     )
+
+
+def mark_written(
+    rows: Sequence[Example | Rendered],
+    like_BT: torch.Tensor,
+    *,
+    places: Sequence[tuple[int, int]] | None = None,
+) -> torch.Tensor:
+    """Mark the tokens that the agent wrote.
+
+    Parameters
+    ----------
+    rows : sequence of Example or of Rendered
+        With their written parts.
+    like_BT : Tensor, shape (B, T)
+        Token ids that hold the rows.
+    places : sequence of (int, int), optional
+        Line of each row and where it begins there; by default every row has a line of its own.
+
+    Returns
+    -------
+    Tensor of bool, shape (B, T)
+        True on written tokens.
+
+    Raises
+    ------
+    InputError
+        If a row does not know them, or they lie outside it or on its first token, which nothing
+        predicts.
+    """
+    mask_BT = torch.zeros_like(like_BT, dtype=torch.bool)
+    for number, row in enumerate(rows):
+        line, start = (number, 0) if places is None else places[number]
+        if row.written is None:
+            raise InputError(
+                "which tokens of a row the agent wrote is not known, and this head asks: make rows "
+                "with `prm.rendering.render`"
+            )
+        for begin, end in row.written:
+            if not 1 <= begin <= end <= len(row.input_ids):
+                raise InputError(
+                    f"a row of {len(row.input_ids)} tokens cannot be written by the agent from "
+                    f"token {begin} to {end}: give parts inside it, after its first token"
+                )
+            mask_BT[line, start + begin : start + end] = True
+    return mask_BT
 
 
 def pad(rows: Sequence[Sequence[int]], *, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -252,10 +252,16 @@ class Fitter:
 
     def _step(self, batches: Sequence[Sequence[Example]]) -> tuple[float, float]:
         """Take one optimizer step over batches of examples; returns its loss and gradient norm."""
-        collate = self._layout.collate
+        head, collate = self.head, self._layout.collate
         loss = self.accumulate(
             [
-                collate(b, self.head.targets, pad_id=self.options.pad_id, inner=self.head.inner)
+                collate(
+                    b,
+                    head.targets,
+                    pad_id=self.options.pad_id,
+                    inner=head.inner,
+                    written=head.is_log_ratio,
+                )
                 for b in batches
             ]
         )

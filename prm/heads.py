@@ -1,7 +1,7 @@
 """Heads: what a reward model predicts at a position, from which target, with which loss.
 
-Adding a head is one function here (or in `prm.losses`) and one row in `HEADS`. Every head is a
-token classifier with at most two classes, so that a checkpoint is an ordinary
+Adding a head is one function here (or in `prm.losses`) and one row in `HEADS`. Every head but
+``implicit`` is a token classifier with at most two classes, so that a checkpoint is an ordinary
 ``*ForTokenClassification`` folder and a pooling server gives the same numbers: one class is read
 through a sigmoid, two through a softmax, and both equal the sigmoid of the head's *margin*, the
 log-odds on which calibration works too.
@@ -20,12 +20,22 @@ The heads:
   are no log-odds before calibration. The calls inside a turn are no targets of it: they have the
   turn's label, and comparing them with the turn's end would demand that a good turn's score rises
   with every call.
+  are no log-odds before calibration.
+- ``implicit``: no layer at all, but how much likelier training has made the actions
+  (ImplicitPRM, arXiv:2412.01981; PRIME, arXiv:2502.01456): the log-odds are a constant plus beta
+  times the log-ratio of a trained language model to the base, summed over the tokens that the agent
+  wrote (`prm.implicit`). The papers know the outcome of whole responses and train its cross-entropy
+  at the end. That is one rollout at the last prefix, so the ``value`` head's likelihood of counts
+  generalises it to any prefix that was measured, and equals it where only the outcome is known.
+  The score of the task alone is the base rate for every task, and an observation moves no score:
+  its meaning shows from the next action on. Both scoring positions give the same scores.
 
 Dimension letters beside the project's own: P scored positions, C classes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -65,6 +75,14 @@ class Head:
     words: bool = False
     """Whether the classes are words of the base, whose rows of its language-model head the
     classification layer begins with; else it begins at the base rate."""
+    beta: float | None = None
+    """Weight of the log-ratio of two language models; None for a head with a classification
+    layer."""
+
+    @property
+    def is_log_ratio(self) -> bool:
+        """Whether the network is a pair of language models, which need to know who wrote what."""
+        return self.beta is not None
 
 
 def value_targets(example: Example) -> Targets:
@@ -151,11 +169,25 @@ HEADS: dict[str, Head] = {
         margin=_single_margin,
         inner=False,
     ),
+    "implicit": Head(
+        name="implicit",
+        kind="value",
+        classes=("value",),
+        aggregation="last",
+        targets=value_targets,
+        loss=_value_loss,
+        margin=_single_margin,
+        beta=0.05,  # of both papers
+        inner=False,  # nothing is written between the calls of a turn, so its scores are equal
+    ),
 }
 
 
 def get_head(name: str) -> Head:
-    """Look a head up by name; ``token:WRONG,RIGHT`` is the token head with other words.
+    """Look a head up by name.
+
+    ``token:WRONG,RIGHT`` is the token head with other words, ``implicit:BETA`` the implicit head
+    with another weight.
 
     Raises
     ------
@@ -166,13 +198,28 @@ def get_head(name: str) -> Head:
     --------
     >>> get_head("token").classes, get_head("token:no,yes").classes
     (('-', '+'), ('no', 'yes'))
+    >>> get_head("implicit").beta, get_head("implicit:0.1").beta
+    (0.05, 0.1)
     """
-    kind, colon, words = name.partition(":")
+    kind, colon, setting = name.partition(":")
     if kind == "token" and colon:
-        classes = tuple(words.split(","))
+        classes = tuple(setting.split(","))
         if len(set(classes)) != 2 or len(classes) != 2 or not all(classes):
             raise InputError(f"head {name!r}: give two different words, as in token:WRONG,RIGHT")
         return replace(HEADS["token"], name=name, classes=classes)
+    if kind == "implicit" and colon:
+        return replace(HEADS["implicit"], name=name, beta=_read_beta(name, setting))
     if name not in HEADS:
         raise InputError(f"unknown head {name!r}; heads: {', '.join(sorted(HEADS))}")
     return HEADS[name]
+
+
+def _read_beta(name: str, setting: str) -> float:
+    """Read the weight of the implicit head."""
+    try:
+        beta = float(setting)
+    except ValueError:
+        beta = math.nan
+    if not 0 < beta < math.inf:
+        raise InputError(f"head {name!r}: give a positive number, as in implicit:0.05")
+    return beta

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from dataclasses import replace
 from typing import Self
 
 import numpy as np
@@ -18,8 +19,11 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from prm.data import mark_written
+from prm.implicit import ImplicitModel, PairCache
 from prm.metrics import Array
-from prm.model import embedding_rows
+from prm.model import Network, embedding_rows
+from prm.rendering import Rendered
 from prm.score import Scorer
 from trajectory.errors import InputError
 from trajectory.records import StepScores, Trajectory
@@ -51,7 +55,9 @@ class EpisodeScorer:
     """
 
     def __init__(self, scorer: Scorer) -> None:
-        _check_causal(scorer.checkpoint.model)
+        model = scorer.checkpoint.model
+        # Both of a pair have one architecture, and this one is always a plain model.
+        _check_causal(model.reference if isinstance(model, ImplicitModel) else model)
         self._scorer = scorer
 
     def begin(self) -> Episode:
@@ -67,7 +73,7 @@ class Episode:
         self._model = scorer.checkpoint.model
         self._ids: tuple[int, ...] = ()
         self._margin_at: dict[int, float] = {}
-        self._cache: Cache = DynamicCache(config=self._model.config)
+        self._cache = _new_cache(self._model)
 
     @property
     def num_tokens(self) -> int:
@@ -80,7 +86,7 @@ class Episode:
         The cache so far is shared: a branch takes memory only for what it reads itself.
         """
         other = copy.copy(self)
-        other._cache = _branch_cache(self._cache)
+        other._cache = _branch(self._cache)
         return other
 
     def extend(self, trajectory: Trajectory, *, calibrated: bool = True) -> StepScores:
@@ -119,7 +125,7 @@ class Episode:
                 "another episode"
             )
         if len(ids) > read:
-            margins_P = self._forward(ids[read:], [p - read for p in missing])
+            margins_P = self._forward(rendered, read, [p - read for p in missing])
             # A new table: branches share the old one.
             self._margin_at = self._margin_at | dict(zip(missing, margins_P.tolist(), strict=True))
             self._ids = ids
@@ -127,23 +133,50 @@ class Episode:
         return self._scorer.scores_of(trajectory, rendered, margins_P, calibrated=calibrated)
 
     @torch.inference_mode()
-    def _forward(self, ids: tuple[int, ...], columns: list[int]) -> Array:
-        """Read further ids and return the raw log-odds at the given columns of them."""
+    def _forward(self, rendered: Rendered, read: int, columns: list[int]) -> Array:
+        """Read the ids after the first ``read``; gives the raw log-odds at columns of these."""
         # A forward that fails half-way must not leave a half-grown cache behind.
-        cache = _branch_cache(self._cache)
-        logits_TC = _read(self._model, ids, cache)
+        cache = _branch(self._cache)
+        written_BT = None
+        if isinstance(self._model, ImplicitModel):
+            whole_BT = mark_written([rendered], torch.tensor([rendered.input_ids]))
+            written_BT = whole_BT[:, read:].to(self._model.device)
+        logits_TC = _read(self._model, rendered.input_ids[read:], cache, written_BT=written_BT)
         self._cache = cache
         margins_P = self._scorer.checkpoint.head.margin(logits_TC[columns].float())
         array: Array = margins_P.cpu().double().numpy()
         return array
 
 
-def _read(model: PreTrainedModel, ids: tuple[int, ...], cache: Cache) -> torch.Tensor:
+def _read(
+    model: Network,
+    ids: tuple[int, ...],
+    cache: Cache | PairCache,
+    *,
+    written_BT: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Run a forward that continues a cache, which grows; returns logits of shape (T, C)."""
     input_ids_BT = torch.tensor([ids], device=model.device)
-    output = model(input_ids=input_ids_BT, past_key_values=cache, use_cache=True)
+    asked = {} if written_BT is None else {"written": written_BT}
+    output = model(input_ids=input_ids_BT, past_key_values=cache, use_cache=True, **asked)
     logits_TC: torch.Tensor = output.logits[0]
     return logits_TC
+
+
+def _new_cache(model: Network) -> Cache | PairCache:
+    """Make the cache of a text of which nothing is read yet."""
+    if isinstance(model, ImplicitModel):
+        policy, reference = (DynamicCache(config=model.config) for _ in range(2))
+        return PairCache(policy=policy, reference=reference)
+    return DynamicCache(config=model.config)
+
+
+def _branch(cache: Cache | PairCache) -> Cache | PairCache:
+    """Copy what was read so that both copies can grow."""
+    if isinstance(cache, PairCache):  # its tensors are replaced, never written into
+        policy, reference = _branch_cache(cache.policy), _branch_cache(cache.reference)
+        return replace(cache, policy=policy, reference=reference)
+    return _branch_cache(cache)
 
 
 def _branch_cache(cache: Cache) -> Cache:

@@ -38,8 +38,12 @@ class Collate(Protocol):
         *,
         pad_id: int,
         inner: bool = False,
+        written: bool = False,
     ) -> Batch:
-        """Keep the examples' order among the scored positions; ``inner``: see `prm.data.places`."""
+        """Keep the examples' order among the scored positions.
+
+        ``inner``: those of calls too (`prm.data.places`); ``written``: say who wrote which tokens.
+        """
         ...
 
 

@@ -1,10 +1,11 @@
-"""The network: a token classifier made from any base model, and its forward at scored positions.
+"""The network: a reward model made from any base model, and its forward at scored positions.
 
 A new reward model is the base's own ``*ForTokenClassification`` class with a fresh linear head
 whose bias starts at the base rate, so training begins from the best constant prediction; the token
-head begins with rows of the base's language-model head instead (`prm.words`). With
-LoRA, adapters sit on every linear layer of the body and the head is trained in full; merging
-gives back an ordinary model of the same class.
+head begins with rows of the base's language-model head instead (`prm.words`), and the implicit
+head is a pair of language models without such a layer (`prm.implicit`). With LoRA, adapters sit on
+every linear layer of the body and the head is trained in full; merging gives back an ordinary model
+of the same class.
 
 Dimension letters beside the project's own: P scored positions, C classes.
 """
@@ -33,10 +34,13 @@ from transformers.utils import logging as transformers_logging
 
 from prm.data import Batch
 from prm.heads import Head
+from prm.implicit import ImplicitModel, start_implicit
 from prm.words import start_from_words, word_ids
 from trajectory.errors import InputError
 
 Device = Literal["auto", "cpu", "cuda"]
+Network = PreTrainedModel | ImplicitModel
+"""What scores: a token classifier, or the pair of language models of the implicit head."""
 
 
 @contextmanager
@@ -76,8 +80,8 @@ def open_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def new_model(base: str | Path, head: Head, *, base_rate: float, seed: int) -> PreTrainedModel:
-    """Make a token classifier from a base model.
+def new_model(base: str | Path, head: Head, *, base_rate: float, seed: int) -> Network:
+    """Make a reward model from a base model.
 
     Parameters
     ----------
@@ -93,16 +97,21 @@ def new_model(base: str | Path, head: Head, *, base_rate: float, seed: int) -> P
 
     Returns
     -------
-    PreTrainedModel
+    Network
         In float32 on the CPU.
 
     Raises
     ------
     InputError
-        If the base does not load, its architecture has no token classifier, or it does not know
-        the head's words as tokens.
+        If the base does not load, its architecture has no token classifier, it does not know
+        the head's words as tokens, or the head needs a causal language model and it is none.
     """
     config = open_config(base)
+    if head.beta is not None:
+        with quiet_transformers():
+            pair = start_implicit(base, beta=head.beta, base_log_odds=_log_odds(base_rate))
+        _check_vocabulary(pair.reference, base)
+        return pair
     config.id2label = dict(enumerate(head.classes))
     config.label2id = {name: i for i, name in enumerate(head.classes)}
     config.classifier_dropout = 0.0  # a random mask before the head only adds noise
@@ -163,13 +172,20 @@ def _start_at_base_rate(layer: nn.Linear, base_rate: float, seed: int) -> None:
     std = 0.02 / math.sqrt(layer.in_features)  # hidden states have norm about sqrt(D)
     layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * std)
     if layer.bias is not None:
-        rate = min(max(base_rate, 0.01), 0.99)
         layer.bias.zero_()
-        layer.bias[-1] = math.log(rate / (1 - rate))
+        layer.bias[-1] = _log_odds(base_rate)
 
 
-def add_lora(model: PreTrainedModel, *, rank: int, seed: int) -> nn.Module:
+def _log_odds(rate: float) -> float:
+    """Return the log-odds of a rate, kept away from 0 and 1."""
+    rate = min(max(rate, 0.01), 0.99)
+    return math.log(rate / (1 - rate))
+
+
+def add_lora(model: Network, *, rank: int, seed: int) -> nn.Module:
     """Freeze the body and put rank-``rank`` adapters on its linear layers; the head stays free.
+
+    Of a pair of language models only the trained one gets adapters, and nothing else is trained.
 
     Notes
     -----
@@ -178,23 +194,30 @@ def add_lora(model: PreTrainedModel, *, rank: int, seed: int) -> nn.Module:
     from peft import LoraConfig, TaskType, get_peft_model
 
     torch.manual_seed(seed)
+    pair = model if isinstance(model, ImplicitModel) else None
     config = LoraConfig(
-        task_type=TaskType.TOKEN_CLS,
+        task_type=TaskType.TOKEN_CLS if pair is None else TaskType.CAUSAL_LM,
         r=rank,
         lora_alpha=2 * rank,
         lora_dropout=0.0,
         target_modules="all-linear",
-        modules_to_save=[head_name(model)],
+        modules_to_save=[head_name(model)] if pair is None else None,
     )
-    adapted = get_peft_model(model, config)
+    adapted = get_peft_model(model if pair is None else pair.policy, config)
     assert isinstance(adapted, nn.Module)
-    return adapted
+    if pair is None:
+        return adapted
+    pair.policy = adapted
+    return pair.train(False)  # peft switches its own wrapper to training mode
 
 
-def merge_lora(model: nn.Module) -> PreTrainedModel:
+def merge_lora(model: nn.Module) -> Network:
     """Fold adapters into the weights; a model without adapters is returned as it is."""
     from peft import PeftModel
 
+    if isinstance(model, ImplicitModel):
+        model.policy = merge_lora(model.policy)
+        return model
     merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
     assert isinstance(merged, PreTrainedModel)
     return merged
@@ -227,7 +250,7 @@ def logits_at(model: nn.Module, batch: Batch) -> torch.Tensor:
     Parameters
     ----------
     model : Module
-        A token classifier.
+        What `new_model` makes.
     batch : Batch
         On the model's device.
 
@@ -236,6 +259,9 @@ def logits_at(model: nn.Module, batch: Batch) -> torch.Tensor:
     Tensor, shape (P, C)
         In float32.
     """
+    asked = {} if batch.written_BT is None else {"written": batch.written_BT}
+    if batch.parents_T is not None:
+        asked["parents"] = batch.parents_T
     if batch.position_ids_BT is not None:
         ancestors_TT = batch.ancestors_TT
         output = model(
@@ -243,12 +269,14 @@ def logits_at(model: nn.Module, batch: Batch) -> torch.Tensor:
             position_ids=batch.position_ids_BT,
             attention_mask=None if ancestors_TT is None else ancestors_TT[None, None],
             use_cache=False,  # with a cache, transformers does not look for packed rows
+            **asked,
         )
     else:
         padded = not bool(batch.attention_mask_BT.all())
         output = model(
             input_ids=batch.input_ids_BT,
             attention_mask=batch.attention_mask_BT if padded else None,
+            **asked,
         )
     lines_P = batch.rows_P if batch.lines_P is None else batch.lines_P
     logits_PC: torch.Tensor = output.logits[lines_P, batch.columns_P]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from prm.data import Batch, Example, Targets, pad, places
+from prm.data import Batch, Example, Targets, mark_written, pad, places
 from trajectory.errors import InputError
 
 _PROBE = (5, 3, 4)
@@ -90,10 +90,12 @@ def collate_packed(
     *,
     pad_id: int,
     inner: bool = False,
+    written: bool = False,
 ) -> Batch:
     """Pack examples into lines and gather what `collate` gathers, in the same order.
 
-    The empty end of a line counts positions from 0 too, so that no row sees it.
+    The empty end of a line counts positions from 0 too, so that no row sees it. With ``written``,
+    the batch also says which tokens the agent wrote.
     """
     lines = fill_lines([len(e.input_ids) for e in examples])
     width = max(len(e.input_ids) for e in examples)
@@ -111,6 +113,7 @@ def collate_packed(
     input_ids_BT, attention_mask_BT = pad(ids, pad_id=pad_id)
     scored = [places(e, target(e), inner=inner) for e in examples]
     flat = [(row, place) for row, found in enumerate(scored) for place in found]
+    begins = list(zip(line_of, start_of, strict=True))
     return Batch(
         input_ids_BT=input_ids_BT,
         attention_mask_BT=attention_mask_BT,
@@ -120,6 +123,7 @@ def collate_packed(
         weights_P=torch.tensor([place.weight for _, place in flat], dtype=torch.float32),
         lines_P=torch.tensor([line_of[row] for row, _ in flat]),
         position_ids_BT=torch.tensor(positions),
+        written_BT=mark_written(examples, input_ids_BT, places=begins) if written else None,
     )
 
 
@@ -130,7 +134,7 @@ def check_packing(model: nn.Module, *, vocabulary: int) -> None:
     Parameters
     ----------
     model : Module
-        A token classifier on the CPU, in float32.
+        A token classifier or language model on the CPU, in float32.
     vocabulary : int
         Token ids it embeds.
 

@@ -55,7 +55,7 @@ def predict(
     Parameters
     ----------
     model : Module
-        A token classifier; left in evaluation mode.
+        What `prm.model.new_model` makes; left in evaluation mode.
     examples : sequence of Example
         At least one.
     head : Head
@@ -84,8 +84,13 @@ def predict(
     model.eval()
     with torch.inference_mode():
         for indices in layout.batches(examples, batch_tokens):
-            rows = [examples[i] for i in indices]
-            batch = layout.collate(rows, head.targets, pad_id=pad_id, inner=inner)
+            batch = layout.collate(
+                [examples[i] for i in indices],
+                head.targets,
+                pad_id=pad_id,
+                inner=inner,
+                written=head.is_log_ratio,
+            )
             with autocast(device, bfloat16):
                 logits_PC = logits_at(model, to_device(batch, device))
             logits_PC = logits_PC.cpu().double()

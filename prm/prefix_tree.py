@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import nn
 
-from prm.data import Batch, Example, Targets, places
+from prm.data import Batch, Example, Targets, mark_written, places
 from trajectory.errors import InputError
 from trajectory.seeds import derive_seed
 
@@ -204,14 +204,16 @@ def collate_tree(
     *,
     pad_id: int,
     inner: bool = False,
+    written: bool = False,
 ) -> Batch:
     """Merge examples into one line and gather their scored positions and targets, in their order.
 
     A token that several rows are scored at stands in the batch once for each of them. Nothing is
-    padded.
+    padded. With ``written``, the batch also says which tokens the agent wrote, and rows share a
+    prefix only as far as the same parts of it are the agent's.
     """
     del pad_id
-    tree = merge_prefixes([e.input_ids for e in examples])
+    tree, written_T = _merge_written(examples) if written else (_merge(examples), None)
     scored = [places(e, target(e), inner=inner) for e in examples]
     flat = [(row, place) for row, found in enumerate(scored) for place in found]
     return Batch(
@@ -224,7 +226,26 @@ def collate_tree(
         lines_P=torch.zeros(len(flat), dtype=torch.long),
         position_ids_BT=torch.tensor([tree.depths]),
         ancestors_TT=ancestor_mask(tree.parents),
+        written_BT=None if written_T is None else torch.tensor([written_T]),
+        parents_T=torch.tensor(tree.parents) if written else None,
     )
+
+
+def _merge(examples: Sequence[Example]) -> PrefixTree:
+    """Merge examples by their tokens."""
+    return merge_prefixes([e.input_ids for e in examples])
+
+
+def _merge_written(examples: Sequence[Example]) -> tuple[PrefixTree, list[bool]]:
+    """Merge examples by their tokens and who wrote these; says so of every token of the tree."""
+    rows = []
+    for example in examples:
+        ids_BT = torch.tensor([example.input_ids])
+        marked_BT = 2 * ids_BT + mark_written([example], ids_BT)
+        rows.append(marked_BT[0].tolist())
+    tree = merge_prefixes(rows)
+    ids = tuple(marked // 2 for marked in tree.input_ids)
+    return replace(tree, input_ids=ids), [marked % 2 == 1 for marked in tree.input_ids]
 
 
 @torch.no_grad()
@@ -234,7 +255,7 @@ def check_prefix_sharing(model: nn.Module, *, vocabulary: int) -> None:
     Parameters
     ----------
     model : Module
-        A token classifier on the CPU, in float32.
+        A token classifier or language model on the CPU, in float32.
     vocabulary : int
         Token ids it embeds.
 

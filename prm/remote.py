@@ -3,7 +3,8 @@
 A ``prm serve`` server does everything and is sent trajectories. A vLLM server
 (``vllm serve CKPT --runner pooling``) only runs the network: trajectories are rendered here, the
 server is sent token ids, and its logits are turned into scores here, so this side needs the
-checkpoint's folder too, for the tokenizer and ``prm.json`` (the weights are not loaded).
+checkpoint's folder too, for the tokenizer and ``prm.json`` (the weights are not loaded). A model of
+the implicit head is no single network, so only ``prm serve`` serves it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class RemoteScorer:
     url : str
         Of a ``prm serve`` server, or of a vLLM server if ``prm`` is given.
     prm : str or Path, optional
-        The checkpoint's folder, for a vLLM server that serves it.
+        The checkpoint's folder, for a vLLM server that serves it; not for the implicit head.
     per_request : int, default=8
         Trajectories of one request.
     concurrency : int, default=8
@@ -235,6 +236,11 @@ class _Vllm:
     def __init__(self, wire: _Wire, folder: Path) -> None:
         self._wire = wire
         self._metadata = load_metadata(folder)
+        if get_head(self._metadata.head).is_log_ratio:
+            raise InputError(
+                f"{folder} has head {self._metadata.head!r}, two language models that vLLM does "
+                f"not compare: serve it with `prm serve --prm {folder}` and give that address alone"
+            )
         self._tokenizer = open_tokenizer(folder)
         if vocabulary_of(self._tokenizer) != self._metadata.vocabulary:
             raise InputError(f"the tokenizer in {folder} is not the one this PRM was trained with")

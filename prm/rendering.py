@@ -55,6 +55,8 @@ class Rendered:
     calls: tuple[tuple[int, ...], ...] = ()
     """Per step, the token index at which each of its calls is scored, ascending; the last is the
     step's own. Empty: prefixes alone are scored."""
+    written: tuple[tuple[int, int], ...] | None = None
+    """First token and end of every action's segment, which the agent wrote; None if not known."""
 
     @property
     def scored(self) -> tuple[int, ...]:
@@ -150,9 +152,11 @@ def _assemble(
     """Join a trajectory's tokenised segments and note where its prefixes and calls end."""
     segments = iter(ids)
     input_ids = [*start, *next(segments)]
-    positions, calls = [len(input_ids) - 1], []
+    positions, calls, written = [len(input_ids) - 1], [], []
     for step in trajectory.steps:
+        begin = len(input_ids)
         input_ids += next(segments)
+        written.append((begin, len(input_ids)))
         end = len(input_ids) - 1
         ends = []
         for _ in step.calls:
@@ -161,4 +165,9 @@ def _assemble(
         positions.append(ends[-1] if ends else end)
         calls.append(tuple(ends))
     assert all(a < b for a, b in pairwise(positions))
-    return Rendered(input_ids=tuple(input_ids), positions=tuple(positions), calls=tuple(calls))
+    return Rendered(
+        input_ids=tuple(input_ids),
+        positions=tuple(positions),
+        calls=tuple(calls),
+        written=tuple(written),
+    )

@@ -17,7 +17,7 @@ import torch
 from prm import calibrate
 from prm.aggregations import AGGREGATIONS, aggregate
 from prm.checkpoint import Checkpoint, Metadata, load_checkpoint
-from prm.data import Batch, group_by_length, pad
+from prm.data import Batch, group_by_length, mark_written, pad
 from prm.heads import Kind
 from prm.metrics import Array
 from prm.model import Device, context_length, logits_at, pick_device, to_device
@@ -211,6 +211,7 @@ class Scorer:
         scored = [row.scored for row in rows]
         columns_P = torch.tensor([p for places in scored for p in places])
         nothing_P = torch.zeros(len(columns_P))
+        asks = self._checkpoint.head.is_log_ratio
         batch = Batch(
             input_ids_BT=input_ids_BT,
             attention_mask_BT=attention_mask_BT,
@@ -218,6 +219,7 @@ class Scorer:
             columns_P=columns_P,
             targets_P=nothing_P,
             weights_P=nothing_P,
+            written_BT=mark_written(rows, input_ids_BT) if asks else None,
         )
         return to_device(batch, self._device)
 

@@ -34,6 +34,7 @@ from prm.checkpoint import (
 from prm.data import Example, OnLong, keep_short, make_examples
 from prm.fit import FitOptions, Fitter
 from prm.heads import Head, get_head
+from prm.implicit import plain_network
 from prm.layout import LAYOUTS
 from prm.model import (
     Device,
@@ -46,12 +47,12 @@ from prm.model import (
     open_tokenizer,
     pick_device,
 )
-from prm.predict import predict
+from prm.predict import Predictions, predict
 from prm.recipe import RecipeConfig
 from prm.rendering import Position
 from prm.schedule import default_learning_rate, default_step_tokens
 from prm.split import Split, split_by_task
-from prm.training_data import PublicData, load_rows, shuffle_labels, why_unusable
+from prm.training_data import PublicData, load_rows, provenance_of, shuffle_labels, why_unusable
 from trajectory.errors import InputError
 from trajectory.records import LabelledTrajectory
 from trajectory.run import config_dict, open_run
@@ -74,7 +75,8 @@ class TrainConfig:
     """Folder of the checkpoint; an interrupted run continues in it."""
     head: str = "value"
     """What to predict: value (from rollout counts), binary, token, token:WRONG,RIGHT (begins with
-    the base's own rows of two words) or ranking (all from labels)."""
+    the base's own rows of two words), ranking (all three from labels), implicit or implicit:BETA
+    (how much likelier a trained language model makes the actions than the base; from counts)."""
     position: Position = "observation"
     """Score a step after its observation, or right after its action."""
     lora_rank: int = 0
@@ -104,7 +106,11 @@ class TrainConfig:
     publish: PublishConfig = field(default_factory=PublishConfig)
 
     def __post_init__(self) -> None:
-        get_head(self.head)
+        if get_head(self.head).is_log_ratio and self.recipe.head_first:
+            raise InputError(
+                f"--head-first: head {self.head!r} has no classification layer that could be "
+                "trained first: leave it out"
+            )
         if (self.labels is None) == (self.public.data is None):
             raise InputError(
                 "give exactly one of --labels (a folder of `prm label`) and --data FORMAT:PATH"
@@ -189,10 +195,12 @@ def _train(
         return add_lora(model, rank=config.lora_rank, seed=config.seed)
 
     model = fresh()
-    LAYOUTS[config.recipe.packing].check(model, vocabulary=len(tokenizer))
+    LAYOUTS[config.recipe.packing].check(plain_network(model), vocabulary=len(tokenizer))
     options = _fit_options(config, model, split, tokenizer.pad_token_id)
-    if options.bfloat16 and accelerator.distributed_type is not DistributedType.FSDP:
-        _halve_frozen(model)  # FSDP shards weights of one number format only
+    # FSDP shards weights of one number format only. A reference keeps the format of its policy.
+    is_fsdp = accelerator.distributed_type is DistributedType.FSDP
+    if options.bfloat16 and config.lora_rank and not is_fsdp:
+        _halve_frozen(model)
     fitter = Fitter(
         model, head, options=options, folder=config.out / STATE, accelerator=accelerator
     )
@@ -209,7 +217,7 @@ def _train(
         tracker.close()
     whole = fitter.whole_model(fresh)
     if accelerator.is_main_process and done.best_epoch:
-        provenance = _provenance(config, rows, parents)
+        provenance = provenance_of(rows, config.public, source=config.source, parents=parents)
         _save(config, fitter, whole, split, provenance=provenance, base_rate=base_rate)
     accelerator.wait_for_everyone()
     if done.diverged is not None:
@@ -314,20 +322,6 @@ def _say(text: str) -> None:
     Console(stderr=True, highlight=False).print(text, soft_wrap=True)
 
 
-def _provenance(
-    config: TrainConfig, rows: Sequence[LabelledTrajectory], parents: Mapping[str, str]
-) -> Provenance:
-    """Record where the labels came from."""
-    return Provenance(
-        labels=config.source,
-        neutral=config.public.neutral,
-        shuffled_labels=config.public.shuffle_labels,
-        parents=parents,
-        estimators=tuple(sorted({row.labels.estimator for row in rows})),
-        completers=tuple(sorted({row.evidence.completer for row in rows})),
-    )
-
-
 def _save(
     config: TrainConfig,
     fitter: Fitter,
@@ -357,8 +351,6 @@ def _save(
     )
     _say(calibrate.describe(calibration))
     tokenizer = open_tokenizer(config.model)
-    tasks = split.tasks()
-    constant = np.full_like(held_out.margins_P, logit(np.clip(base_rate, 1e-4, 1 - 1e-4)))
     metadata = Metadata(
         head=head.name,
         kind=head.kind,
@@ -368,25 +360,36 @@ def _save(
         base_model=config.model,
         vocabulary=vocabulary_of(tokenizer),
         provenance=provenance,
-        training={
-            "train_trajectories": len(split.train),
-            "train_tasks": len(tasks.train),
-            "held_out_trajectories": len(split.held_out),
-            "held_out_tasks": len(tasks.validation),
-            "held_out_positions": int((held_out.weights_P > 0).sum()),
-            "dropped_long": split.dropped_long,
-            "dropped_unlabelled": split.dropped_unlabelled,
-            "epochs": done.epoch,
-            "best_epoch": done.best_epoch,
-            "steps": done.step,
-            "learning_rate": options.learning_rate,
-            "step_tokens": options.step_tokens,
-            "base_rate": base_rate,
-            "held_out_loss": held_out.loss,
-            "held_out_nll": held_out.nll(),
-            "base_rate_nll": replace(held_out, margins_P=constant).nll(),
-        },
+        training=_training_facts(split, fitter, held_out, base_rate=base_rate),
     )
-    save_checkpoint(config.out, model=model, tokenizer=tokenizer, metadata=metadata, tasks=tasks)
+    save_checkpoint(
+        config.out, model=model, tokenizer=tokenizer, metadata=metadata, tasks=split.tasks()
+    )
     if done.diverged is None:
         shutil.rmtree(config.out / STATE)
+
+
+def _training_facts(
+    split: Split, fitter: Fitter, held_out: Predictions, *, base_rate: float
+) -> dict[str, float | int | str | None]:
+    """Gather what ``prm.json`` says of the training run."""
+    done, options, tasks = fitter.done, fitter.options, split.tasks()
+    constant = np.full_like(held_out.margins_P, logit(np.clip(base_rate, 1e-4, 1 - 1e-4)))
+    return {
+        "train_trajectories": len(split.train),
+        "train_tasks": len(tasks.train),
+        "held_out_trajectories": len(split.held_out),
+        "held_out_tasks": len(tasks.validation),
+        "held_out_positions": int((held_out.weights_P > 0).sum()),
+        "dropped_long": split.dropped_long,
+        "dropped_unlabelled": split.dropped_unlabelled,
+        "epochs": done.epoch,
+        "best_epoch": done.best_epoch,
+        "steps": done.step,
+        "learning_rate": options.learning_rate,
+        "step_tokens": options.step_tokens,
+        "base_rate": base_rate,
+        "held_out_loss": held_out.loss,
+        "held_out_nll": held_out.nll(),
+        "base_rate_nll": replace(held_out, margins_P=constant).nll(),
+    }

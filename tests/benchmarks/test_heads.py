@@ -99,10 +99,11 @@ def test_the_study_runs_and_continues(config, monkeypatch, capsys):
     arms = (
         Arm(head="value", target="counts", rollouts="8"),
         Arm(head="ranking", target="hard", rollouts="8"),
+        Arm(head="implicit", target="counts", rollouts="8"),
     )
     monkeypatch.setattr(heads, "ARMS", arms)
     report = compare(config)
-    assert len(report["runs"]) == 4
+    assert len(report["runs"]) == 6
     assert set(values_of(report["runs"], REFERENCE, "8", "spearman")) == {0, 1}
     assert json.loads(config.out.with_suffix(".json").read_text()) == report
     assert config.out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

@@ -1,5 +1,6 @@
 """What every row of the head table must keep."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -8,13 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForTokenClassification
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from prm.calibrate import Calibration, apply
 from prm.checkpoint import Metadata, Provenance, TaskSplit, save_checkpoint, vocabulary_of
 from prm.data import Batch, Example, collate
-from prm.heads import HEADS, get_head
+from prm.heads import HEADS, Head, get_head
 from prm.model import new_model, open_tokenizer
+from prm.rendering import Rendered
 from prm.score import AGGREGATIONS
 from prm.score import Scorer as PrmScorer
 from tests.prm.synthetic import make_base, make_example, make_trajectory
@@ -161,8 +163,8 @@ def test_the_loss_of_a_turn_with_two_calls_computed_by_hand():
     assert HEADS["value"].loss(logits_PC, batch).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_only_the_ranking_head_leaves_the_calls_inside_a_turn_out():
-    assert [name for name in NAMES if not HEADS[name].inner] == ["ranking"]
+def test_heads_that_leave_the_calls_inside_a_turn_out():
+    assert [name for name in NAMES if not HEADS[name].inner] == ["implicit", "ranking"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -224,10 +226,48 @@ def test_a_step_down_the_gradient_separates_right_from_wrong(name):
     assert gap().item() > before
 
 
+@torch.no_grad()
+def trained(model: torch.nn.Module) -> torch.nn.Module:
+    """Move every free parameter, as training does."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def plain_logits(head: Head, folder: Path, rendered: Rendered) -> torch.Tensor:
+    """Compute the logits of a checkpoint at the scored positions with transformers alone."""
+    ids_BT = torch.tensor([rendered.input_ids])
+    if head.beta is None:
+        network = AutoModelForTokenClassification.from_pretrained(folder)
+        return network(input_ids=ids_BT).logits[0, list(rendered.positions)]
+    logs = [
+        AutoModelForCausalLM.from_pretrained(place)(input_ids=ids_BT).logits[0].log_softmax(-1)
+        for place in (folder, folder / "reference")
+    ]
+    constant = json.loads((folder / "prm.json").read_text())["base_log_odds"]
+    written = [t for begin, end in rendered.written for t in range(begin, end)]
+    return torch.tensor(
+        [
+            [
+                constant
+                + head.beta
+                * sum(
+                    float(logs[0][t - 1, ids_BT[0, t]] - logs[1][t - 1, ids_BT[0, t]])
+                    for t in written
+                    if t <= position
+                )
+            ]
+            for position in rendered.positions
+        ]
+    )
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_gives_the_same_scores_and_loads_without_this_package(name, base, tmp_path):
     head, tokenizer = get_head(name), open_tokenizer(base)
-    model = new_model(base, head, base_rate=0.4, seed=0).eval()
+    model = trained(new_model(base, head, base_rate=0.4, seed=0)).eval()
     calibration = Calibration(scale=0.5, shift=0.1, fitted=True)
     metadata = Metadata(
         head=name,
@@ -244,14 +284,13 @@ def test_a_checkpoint_gives_the_same_scores_and_loads_without_this_package(name,
     save_checkpoint(tmp_path, model=model, tokenizer=tokenizer, metadata=metadata, tasks=tasks)
     scorer = PrmScorer.load(tmp_path, device="cpu")
     rows = [make_trajectory(marks, task=f"t{i}") for i, marks in enumerate(("+-", "+++", ""))]
-    plain = AutoModelForTokenClassification.from_pretrained(tmp_path)
-    for rendered, scores in zip(scorer.render(rows), scorer.score(rows), strict=True):
-        ids_BT = torch.tensor([rendered.input_ids])
-        for network in (model, plain):
-            with torch.no_grad():
-                logits_PC = network(input_ids=ids_BT).logits[0, list(rendered.positions)]
-            values = apply(calibration, head.margin(logits_PC).double().numpy())
-            assert scores.values == pytest.approx(values, abs=1e-6)
+    found = scorer.score(rows)
+    assert len({v for scores in found for v in scores.values}) > 5
+    for rendered, scores in zip(scorer.render(rows), found, strict=True):
+        with torch.no_grad():
+            logits_PC = plain_logits(head, tmp_path, rendered)
+        values = apply(calibration, head.margin(logits_PC).double().numpy())
+        assert scores.values == pytest.approx(values, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
@@ -277,10 +316,10 @@ def test_unknown_prefixes_are_masked_and_soft_targets_stay_soft(name):
     assert 0 < targets.values[0] < 1
 
 
-def test_only_the_value_head_weighs_by_rollouts():
-    assert HEADS["value"].targets(EXAMPLES[1]).weights == (64, 2, 1)
-    for name in set(NAMES) - {"value"}:
-        assert HEADS[name].targets(EXAMPLES[1]).weights == (1, 1, 1)
+@pytest.mark.parametrize("name", NAMES)
+def test_values_are_weighed_by_rollouts_and_labels_are_not(name):
+    wanted = (64, 2, 1) if HEADS[name].kind == "value" else (1, 1, 1)
+    assert HEADS[name].targets(EXAMPLES[1]).weights == wanted
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -293,5 +332,5 @@ def test_the_row_describes_itself(name):
 
 
 def test_an_unknown_head_is_refused_with_the_valid_names():
-    with pytest.raises(InputError, match="'worth'; heads: binary, ranking, token, value"):
+    with pytest.raises(InputError, match="'worth'; heads: binary, implicit, ranking, token, value"):
         get_head("worth")

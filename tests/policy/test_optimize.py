@@ -231,6 +231,21 @@ def test_the_outcome_estimator_may_be_watched_by_a_prm_without_using_it(policy, 
     assert "prm_gap" in read_metrics(tmp_path / "watched")[0].metrics
 
 
+def test_a_prm_of_the_implicit_head_is_a_potential_too(policy, prm, tmp_path):
+    labels = json.loads((prm / "prm.json").read_text())["provenance"]["labels"]
+    train(
+        TrainConfig(
+            labels=labels, model=str(policy), out=tmp_path / "implicit", head="implicit", epochs=1,
+            learning_rate=1e-3, device="cpu",
+        )
+    )  # fmt: skip
+    optimize(config(policy, tmp_path / "run", prm=tmp_path / "implicit", steps=1))
+    (entry,) = read_metrics(tmp_path / "run")
+    assert 0 < entry.metrics["prm_last"] < 1
+    table = (tmp_path / "run/tables/trajectories.jsonl").read_text().splitlines()
+    assert len({json.loads(row)["score_after"] for row in table}) > 1
+
+
 def test_episodes_too_long_for_the_prm_do_not_stop_the_run(policy, prm, tmp_path):
     short = tmp_path / "short"
     shutil.copytree(prm, short)

@@ -58,6 +58,14 @@ def prm_folder(base: Path, labels: Path, tmp_path_factory: pytest.TempPathFactor
     return out
 
 
+@pytest.fixture(scope="session")
+def implicit_folder(base: Path, labels: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model of the implicit head that has learned the synthetic values."""
+    out = tmp_path_factory.mktemp("implicit") / "prm"
+    train(small_config(base, labels, out, head="implicit", epochs=8, patience=0))
+    return out
+
+
 @pytest.fixture
 def copied_prm(prm_folder: Path, tmp_path: Path) -> Callable[[], Path]:
     """A function that copies the trained reward model, to be spoilt."""

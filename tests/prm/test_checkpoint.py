@@ -132,10 +132,15 @@ def test_a_folder_that_is_no_prm_is_refused(base):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": "2.0"}, "schema version 2.0, this version reads 1.1"),
+        ({"schema_version": "2.0"}, "schema version 2.0, this version reads 1.2"),
         ({"schema_version": None}, "schema version None"),
         ({"rendering": 1}, "rendering 1, this version renders 2"),
-        ({"head": "worth"}, "prm.json: unknown head 'worth'; heads: binary, ranking, token, value"),
+        ({"base_log_odds": 0.5}, "head 'value' has no base_log_odds: restore the file"),
+        ({"head": "implicit"}, "head 'implicit' needs base_log_odds: restore the file"),
+        (
+            {"head": "worth"},
+            "prm.json: unknown head 'worth'; heads: binary, implicit, ranking, token, value",
+        ),
         ({"kind": "correctness"}, "head 'value' is of kind 'value', not 'correctness'"),
         ({"position": "middle"}, "position: Input should be 'observation' or 'action'"),
         ({"surprise": 1}, "surprise: Extra inputs are not permitted"),

@@ -55,5 +55,5 @@ def test_bad_input_ends_in_one_sentence(base, tmp_path, monkeypatch, capsys):
         )  # fmt: skip
     assert ended.value.code == 2
     error = capsys.readouterr().err
-    assert "unknown head 'nonsense'; heads: binary, ranking, token, value" in error
+    assert "unknown head 'nonsense'; heads: binary, implicit, ranking, token, value" in error
     assert "Traceback" not in error

@@ -57,6 +57,15 @@ def test_positions_are_the_last_tokens_of_their_segments():
     ]
 
 
+def test_what_the_agent_wrote_are_the_segments_of_its_actions():
+    for tokenizer in (TOKENIZER, make_tokenizer(bos=True)):
+        for row in render([make_trajectory("+-"), make_trajectory("")], tokenizer):
+            texts = [decode(row.input_ids[begin:end]) for begin, end in row.written]
+            wanted = ["[action]\nI add right\n", "[action]\nI add wrong\n"][: len(texts) - 1]
+            assert texts == [*wanted, "[action]\nThe answer is here\n"]
+            assert len(texts) == len(row.positions) - 1
+
+
 def with_calls(*contents, text="call"):
     """A step that makes a call for each of the contents, which are the results."""
     call = ToolCall(name="calculator", arguments="{}")

@@ -30,7 +30,7 @@ from prm.recipe import RecipeConfig
 from tests.prm.synthetic import small_config
 
 base, labels, out = map(Path, sys.argv[1:4])
-how, stop_after = sys.argv[4], int(sys.argv[5])
+how, head, stop_after = sys.argv[4], sys.argv[5], int(sys.argv[6])
 
 def sharding(**settings):
     accelerator = accelerate.Accelerator(**settings)
@@ -60,8 +60,8 @@ def save(self, *, better):
 fit.Fitter._save = save
 prm.train.train(
     small_config(
-        base, labels, out, epochs=2, patience=0, batch_tokens=300,
-        publish=PublishConfig(track="jsonl"), recipe=RecipeConfig(head_first=1),
+        base, labels, out, head=head, epochs=2, patience=0, batch_tokens=300,
+        publish=PublishConfig(track="jsonl"), recipe=RecipeConfig(head_first=int(head == "value")),
     )
 )
 """
@@ -73,7 +73,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def train_in_two_processes(repository, base, labels, out, how, *, stop_after=0):
+def train_in_two_processes(repository, base, labels, out, how, head, *, stop_after=0):
     """Run TRAIN twice, as one job, and return the exit codes and what was written to stderr."""
     shared = {
         "WORLD_SIZE": "2",
@@ -84,7 +84,8 @@ def train_in_two_processes(repository, base, labels, out, how, *, stop_after=0):
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(repository),
     }
-    command = [sys.executable, "-c", TRAIN, *map(str, (base, labels, out)), how, str(stop_after)]
+    settings = (base, labels, out, how, head, stop_after)
+    command = [sys.executable, "-c", TRAIN, *map(str, settings)]
     processes = [
         subprocess.Popen(
             command,
@@ -102,16 +103,22 @@ def train_in_two_processes(repository, base, labels, out, how, *, stop_after=0):
     return [p.returncode for p in processes], errors
 
 
+@pytest.fixture(scope="module", params=["value", "implicit"])
+def head(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def single(base, labels, tmp_path_factory):
+def single(base, labels, head, tmp_path_factory):
     """The folder of the same training in one process."""
     out = tmp_path_factory.mktemp("single") / "one"
-    recipe = RecipeConfig(head_first=1)
+    recipe = RecipeConfig(head_first=int(head == "value"))
     train(
         small_config(
             base,
             labels,
             out,
+            head=head,
             epochs=2,
             patience=0,
             batch_tokens=300,
@@ -137,21 +144,23 @@ def assert_same_training(one, two):
 
 @pytest.mark.slow
 def test_two_processes_have_the_loss_curve_and_weights_of_one(
-    single, base, labels, tmp_path, repository
+    single, base, labels, head, tmp_path, repository
 ):
-    codes, errors = train_in_two_processes(repository, base, labels, tmp_path / "two", "ddp")
+    codes, errors = train_in_two_processes(repository, base, labels, tmp_path / "two", "ddp", head)
     assert codes == [0, 0], errors
     assert_same_training(single, tmp_path / "two")
 
 
 @pytest.mark.slow
 def test_a_sharded_run_interrupted_and_continued_has_the_loss_curve_and_weights_of_one(
-    single, base, labels, tmp_path, repository
+    single, base, labels, head, tmp_path, repository
 ):
     out = tmp_path / "two"
-    codes, errors = train_in_two_processes(repository, base, labels, out, "fsdp2", stop_after=2)
+    codes, errors = train_in_two_processes(
+        repository, base, labels, out, "fsdp2", head, stop_after=2
+    )
     assert codes == [7, 7], errors
     assert (out / STATE / "latest.pt").is_file()
-    codes, errors = train_in_two_processes(repository, base, labels, out, "fsdp2")
+    codes, errors = train_in_two_processes(repository, base, labels, out, "fsdp2", head)
     assert codes == [0, 0], errors
     assert_same_training(single, out)

@@ -66,7 +66,8 @@ def test_a_step_has_the_same_loss_and_gradient_for_any_micro_batch_split(
         batches, start = [], 0
         for size in cut:
             part = examples[start : start + size]
-            batches.append(collate(part, fitter.head.targets, pad_id=0))
+            head = fitter.head
+            batches.append(collate(part, head.targets, pad_id=0, written=head.is_log_ratio))
             start += size
         loss = fitter.accumulate(batches)
         gradients = [p.grad.clone() for p in fitter.raw_model.parameters() if p.grad is not None]
@@ -97,7 +98,10 @@ def test_a_step_trains_the_calls_inside_turns_of_all_heads_that_say_so(base, tmp
     for examples in (several, prefixes):
         fitter = fitter_of(base, tmp_path, head=name)
         torch.manual_seed(0)
-        torch.nn.init.normal_(fitter.raw_model.score.weight)
+        with torch.no_grad():
+            for parameter in fitter.raw_model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
         found.append(fitter._step([examples])[0])
     assert (found[0] == found[1]) is not HEADS[name].inner
 

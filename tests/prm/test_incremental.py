@@ -15,9 +15,9 @@ from trajectory.errors import InputError
 from trajectory.records import Observation, Step, ToolCall
 
 
-@pytest.fixture(scope="module")
-def scorer(prm_folder):
-    return Scorer.load(prm_folder, device="cpu")
+@pytest.fixture(scope="module", params=["prm_folder", "implicit_folder"])
+def scorer(request):
+    return Scorer.load(request.getfixturevalue(request.param), device="cpu")
 
 
 @pytest.fixture(scope="module")

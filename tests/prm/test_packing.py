@@ -47,7 +47,8 @@ def mixed_examples(base):
 def both(base, head):
     examples = mixed_examples(base)
     batches = [
-        f(examples, head.targets, pad_id=0, inner=head.inner) for f in (collate, collate_packed)
+        f(examples, head.targets, pad_id=0, inner=head.inner, written=head.is_log_ratio)
+        for f in (collate, collate_packed)
     ]
     return examples, *batches
 
@@ -67,7 +68,8 @@ def test_packed_rows_have_the_loss_and_gradient_of_padded_ones(base, name):
         logits_PC = logits_at(model, batch)
         loss = head.loss(logits_PC, batch) / batch.weights_P.sum()
         loss.backward()
-        found.append((logits_PC.detach(), loss.item(), [p.grad for p in model.parameters()]))
+        gradients = [p.grad for p in model.parameters() if p.requires_grad]
+        found.append((logits_PC.detach(), loss.item(), gradients))
     assert torch.allclose(found[0][0], found[1][0], atol=1e-5)
     assert found[0][1] == pytest.approx(found[1][1], abs=1e-6)
     for one, other in zip(found[0][2], found[1][2], strict=True):

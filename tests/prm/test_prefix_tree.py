@@ -98,7 +98,8 @@ def test_rows_of_a_tree_have_the_loss_and_gradient_of_padded_ones(base, name):
     head = HEADS[name]
     examples = branching_examples(base)
     padded, tree = (
-        f(examples, head.targets, pad_id=0, inner=head.inner) for f in (collate, collate_tree)
+        f(examples, head.targets, pad_id=0, inner=head.inner, written=head.is_log_ratio)
+        for f in (collate, collate_tree)
     )
     for field in ("rows_P", "targets_P", "weights_P"):
         assert torch.equal(getattr(padded, field), getattr(tree, field))
@@ -109,11 +110,24 @@ def test_rows_of_a_tree_have_the_loss_and_gradient_of_padded_ones(base, name):
         logits_PC = logits_at(model, batch)
         loss = head.loss(logits_PC, batch) / batch.weights_P.sum()
         loss.backward()
-        found.append((logits_PC.detach(), loss.item(), [p.grad for p in model.parameters()]))
+        gradients = [p.grad for p in model.parameters() if p.requires_grad]
+        found.append((logits_PC.detach(), loss.item(), gradients))
     assert torch.allclose(found[0][0], found[1][0], atol=1e-5)
     assert found[0][1] == pytest.approx(found[1][1], abs=1e-6)
     for one, other in zip(found[0][2], found[1][2], strict=True):
         assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_rows_share_a_prefix_only_where_the_same_one_wrote_it():
+    whole, forged = (
+        replace(example((3, 4, 5, 6), "t"), written=written) for written in (((1, 3),), ((2, 3),))
+    )
+    for written, tokens in ((False, 4), (True, 7)):
+        batch = collate_tree([whole, forged], HEADS["value"].targets, pad_id=0, written=written)
+        assert batch.input_ids_BT.shape == (1, tokens)
+    assert batch.input_ids_BT.tolist() == [[3, 4, 5, 6, 4, 5, 6]]
+    assert batch.written_BT.int().tolist() == [[0, 0, 1, 0, 1, 1, 0]]
+    assert batch.parents_T.tolist() == [-1, 0, 1, 2, 0, 4, 5]
 
 
 def test_training_on_trees_in_one_step_gives_the_weights_of_training_padded(base, labels, tmp_path):
