@@ -336,7 +336,7 @@ def mark_written(
     rows: Sequence[Example | Rendered],
     like_BT: torch.Tensor,
     *,
-    places: Sequence[tuple[int, int]] | None = None,
+    starts: Sequence[tuple[int, int]] | None = None,
 ) -> torch.Tensor:
     """Mark the tokens that the agent wrote.
 
@@ -346,7 +346,7 @@ def mark_written(
         With their written parts.
     like_BT : Tensor, shape (B, T)
         Token ids that hold the rows.
-    places : sequence of (int, int), optional
+    starts : sequence of (int, int), optional
         Line of each row and where it begins there; by default every row has a line of its own.
 
     Returns
@@ -362,7 +362,7 @@ def mark_written(
     """
     mask_BT = torch.zeros_like(like_BT, dtype=torch.bool)
     for number, row in enumerate(rows):
-        line, start = (number, 0) if places is None else places[number]
+        line, start = (number, 0) if starts is None else starts[number]
         if row.written is None:
             raise InputError(
                 "which tokens of a row the agent wrote is not known, and this head asks: make rows "

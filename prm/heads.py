@@ -20,7 +20,6 @@ The heads:
   are no log-odds before calibration. The calls inside a turn are no targets of it: they have the
   turn's label, and comparing them with the turn's end would demand that a good turn's score rises
   with every call.
-  are no log-odds before calibration.
 - ``implicit``: no layer at all, but how much likelier training has made the actions
   (ImplicitPRM, arXiv:2412.01981; PRIME, arXiv:2502.01456): the log-odds are a constant plus beta
   times the log-ratio of a trained language model to the base, summed over the tokens that the agent
@@ -178,7 +177,7 @@ HEADS: dict[str, Head] = {
         loss=_value_loss,
         margin=_single_margin,
         beta=0.05,  # of both papers
-        inner=False,  # nothing is written between the calls of a turn, so its scores are equal
+        inner=False,  # what happens inside a turn after it was written moves no score
     ),
 }
 

@@ -40,9 +40,9 @@ class Collate(Protocol):
         inner: bool = False,
         written: bool = False,
     ) -> Batch:
-        """Keep the examples' order among the scored positions.
+        """Keep the examples' order among the scored positions; ``inner``: see `prm.data.places`.
 
-        ``inner``: those of calls too (`prm.data.places`); ``written``: say who wrote which tokens.
+        With ``written``, also mark the tokens that the agent wrote.
         """
         ...
 

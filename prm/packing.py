@@ -113,7 +113,7 @@ def collate_packed(
     input_ids_BT, attention_mask_BT = pad(ids, pad_id=pad_id)
     scored = [places(e, target(e), inner=inner) for e in examples]
     flat = [(row, place) for row, found in enumerate(scored) for place in found]
-    begins = list(zip(line_of, start_of, strict=True))
+    starts = list(zip(line_of, start_of, strict=True))
     return Batch(
         input_ids_BT=input_ids_BT,
         attention_mask_BT=attention_mask_BT,
@@ -123,7 +123,7 @@ def collate_packed(
         weights_P=torch.tensor([place.weight for _, place in flat], dtype=torch.float32),
         lines_P=torch.tensor([line_of[row] for row, _ in flat]),
         position_ids_BT=torch.tensor(positions),
-        written_BT=mark_written(examples, input_ids_BT, places=begins) if written else None,
+        written_BT=mark_written(examples, input_ids_BT, starts=starts) if written else None,
     )
 
 

@@ -84,12 +84,9 @@ def predict(
     model.eval()
     with torch.inference_mode():
         for indices in layout.batches(examples, batch_tokens):
+            rows = [examples[i] for i in indices]
             batch = layout.collate(
-                [examples[i] for i in indices],
-                head.targets,
-                pad_id=pad_id,
-                inner=inner,
-                written=head.is_log_ratio,
+                rows, head.targets, pad_id=pad_id, inner=inner, written=head.is_log_ratio
             )
             with autocast(device, bfloat16):
                 logits_PC = logits_at(model, to_device(batch, device))
