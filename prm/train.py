@@ -47,12 +47,12 @@ from prm.model import (
     open_tokenizer,
     pick_device,
 )
-from prm.predict import predict
+from prm.predict import Predictions, predict
 from prm.recipe import RecipeConfig
 from prm.rendering import Position
 from prm.schedule import default_learning_rate, default_step_tokens
 from prm.split import Split, split_by_task
-from prm.training_data import PublicData, load_rows, shuffle_labels, why_unusable
+from prm.training_data import PublicData, load_rows, provenance_of, shuffle_labels, why_unusable
 from trajectory.errors import InputError
 from trajectory.records import LabelledTrajectory
 from trajectory.run import config_dict, open_run
@@ -217,7 +217,7 @@ def _train(
         tracker.close()
     whole = fitter.whole_model(fresh)
     if accelerator.is_main_process and done.best_epoch:
-        provenance = _provenance(config, rows, parents)
+        provenance = provenance_of(rows, config.public, source=config.source, parents=parents)
         _save(config, fitter, whole, split, provenance=provenance, base_rate=base_rate)
     accelerator.wait_for_everyone()
     if done.diverged is not None:
@@ -322,20 +322,6 @@ def _say(text: str) -> None:
     Console(stderr=True, highlight=False).print(text, soft_wrap=True)
 
 
-def _provenance(
-    config: TrainConfig, rows: Sequence[LabelledTrajectory], parents: Mapping[str, str]
-) -> Provenance:
-    """Record where the labels came from."""
-    return Provenance(
-        labels=config.source,
-        neutral=config.public.neutral,
-        shuffled_labels=config.public.shuffle_labels,
-        parents=parents,
-        estimators=tuple(sorted({row.labels.estimator for row in rows})),
-        completers=tuple(sorted({row.evidence.completer for row in rows})),
-    )
-
-
 def _save(
     config: TrainConfig,
     fitter: Fitter,
@@ -348,9 +334,13 @@ def _save(
     """Merge, calibrate on the held-out part, write the folder and remove the resumable state."""
     model = merge_lora(whole.float())
     head, done, options = fitter.head, fitter.done, fitter.options
-    layout, size = LAYOUTS[options.packing], options.batch_tokens
     held_out = predict(  # in float32, as scoring does
-        model, split.held_out, head, layout=layout, batch_tokens=size, pad_id=options.pad_id
+        model,
+        split.held_out,
+        head,
+        layout=LAYOUTS[options.packing],
+        batch_tokens=options.batch_tokens,
+        pad_id=options.pad_id,
     )
     calibration = calibrate.fit(
         held_out.margins_P,
@@ -361,8 +351,6 @@ def _save(
     )
     _say(calibrate.describe(calibration))
     tokenizer = open_tokenizer(config.model)
-    tasks = split.tasks()
-    constant = np.full_like(held_out.margins_P, logit(np.clip(base_rate, 1e-4, 1 - 1e-4)))
     metadata = Metadata(
         head=head.name,
         kind=head.kind,
@@ -372,25 +360,36 @@ def _save(
         base_model=config.model,
         vocabulary=vocabulary_of(tokenizer),
         provenance=provenance,
-        training={
-            "train_trajectories": len(split.train),
-            "train_tasks": len(tasks.train),
-            "held_out_trajectories": len(split.held_out),
-            "held_out_tasks": len(tasks.validation),
-            "held_out_positions": int((held_out.weights_P > 0).sum()),
-            "dropped_long": split.dropped_long,
-            "dropped_unlabelled": split.dropped_unlabelled,
-            "epochs": done.epoch,
-            "best_epoch": done.best_epoch,
-            "steps": done.step,
-            "learning_rate": options.learning_rate,
-            "step_tokens": options.step_tokens,
-            "base_rate": base_rate,
-            "held_out_loss": held_out.loss,
-            "held_out_nll": held_out.nll(),
-            "base_rate_nll": replace(held_out, margins_P=constant).nll(),
-        },
+        training=_training_facts(split, fitter, held_out, base_rate=base_rate),
     )
-    save_checkpoint(config.out, model=model, tokenizer=tokenizer, metadata=metadata, tasks=tasks)
+    save_checkpoint(
+        config.out, model=model, tokenizer=tokenizer, metadata=metadata, tasks=split.tasks()
+    )
     if done.diverged is None:
         shutil.rmtree(config.out / STATE)
+
+
+def _training_facts(
+    split: Split, fitter: Fitter, held_out: Predictions, *, base_rate: float
+) -> dict[str, float | int | str | None]:
+    """Gather what ``prm.json`` says of the training run."""
+    done, options, tasks = fitter.done, fitter.options, split.tasks()
+    constant = np.full_like(held_out.margins_P, logit(np.clip(base_rate, 1e-4, 1 - 1e-4)))
+    return {
+        "train_trajectories": len(split.train),
+        "train_tasks": len(tasks.train),
+        "held_out_trajectories": len(split.held_out),
+        "held_out_tasks": len(tasks.validation),
+        "held_out_positions": int((held_out.weights_P > 0).sum()),
+        "dropped_long": split.dropped_long,
+        "dropped_unlabelled": split.dropped_unlabelled,
+        "epochs": done.epoch,
+        "best_epoch": done.best_epoch,
+        "steps": done.step,
+        "learning_rate": options.learning_rate,
+        "step_tokens": options.step_tokens,
+        "base_rate": base_rate,
+        "held_out_loss": held_out.loss,
+        "held_out_nll": held_out.nll(),
+        "base_rate_nll": replace(held_out, margins_P=constant).nll(),
+    }

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from prm.checkpoint import Provenance
 from prm.data import Example
 from prm.heads import Head
 from trajectory.errors import InputError
@@ -61,6 +62,36 @@ def load_rows(labels: Path | None, public: PublicData) -> TrainingRows:
     assert public.data is not None
     rows = read_labelled(public.data, neutral=public.neutral)
     return TrainingRows(rows=rows, source=public.data, path=parse_spec(public.data)[1])
+
+
+def provenance_of(
+    rows: Sequence[LabelledTrajectory],
+    public: PublicData,
+    *,
+    source: str,
+    parents: Mapping[str, str],
+) -> Provenance:
+    """Record where labels came from.
+
+    Parameters
+    ----------
+    rows : sequence of LabelledTrajectory
+        What `load_rows` read.
+    public : PublicData
+        How they were read.
+    source : str
+        The labels folder, or FORMAT:PATH.
+    parents : mapping of str to str
+        Path to sha256 of everything that goes into training.
+    """
+    return Provenance(
+        labels=source,
+        neutral=public.neutral,
+        shuffled_labels=public.shuffle_labels,
+        parents=parents,
+        estimators=tuple(sorted({row.labels.estimator for row in rows})),
+        completers=tuple(sorted({row.evidence.completer for row in rows})),
+    )
 
 
 def why_unusable(head: Head, public: PublicData) -> str:

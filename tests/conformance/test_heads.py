@@ -163,7 +163,7 @@ def test_the_loss_of_a_turn_with_two_calls_computed_by_hand():
     assert HEADS["value"].loss(logits_PC, batch).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_two_heads_leave_the_calls_inside_a_turn_out():
+def test_heads_that_leave_the_calls_inside_a_turn_out():
     assert [name for name in NAMES if not HEADS[name].inner] == ["implicit", "ranking"]
 
 
