@@ -2,7 +2,7 @@
 
 ``logit of prefix t = b + beta sum_j [log pi(x_j | x_<j) - log pi_ref(x_j | x_<j)]``
 
-over the tokens ``x_j`` of the actions of steps 1..t (ImplicitPRM, arXiv:2412.01981, equation 3;
+over the tokens ``x_j`` of the actions of steps 1..t (ImplicitPRM, arXiv:2412.01981;
 PRIME, arXiv:2502.01456, trains it online). ``pi`` is a causal language model that is trained,
 ``pi_ref`` the base as it was, ``b`` the log-odds of the base rate. Both begin equal, so the first
 prediction is the base rate everywhere. An action is its whole segment of the template, marker
