@@ -121,6 +121,14 @@ class ImplicitModel(nn.Module):
         """Layers that FSDP shards one by one, where its settings name none."""
         return list(self.reference._no_split_modules or ())
 
+    def tie_weights(self) -> None:
+        """Share the weights that either model shares within itself, after they were replaced.
+
+        Accelerate asks for it, when it has moved a model to the meta device to shard it.
+        """
+        for part in (self.policy, self.reference):
+            cast(PreTrainedModel, part).tie_weights()
+
     def forward(
         self,
         input_ids: torch.Tensor,

@@ -291,6 +291,21 @@ def test_merged_adapters_score_as_before_and_only_they_are_trained(base):
     assert torch.allclose(before, after, atol=1e-5)
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_weights_that_a_base_shares_can_be_shared_again(base, rank):
+    pair = new_model(base, HEAD, base_rate=0.3, seed=0)
+    pair = add_lora(pair, rank=rank, seed=0) if rank else pair
+
+    def shared(model):
+        return model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+    pair.to("meta")  # as accelerate does before it shards
+    assert not shared(pair.policy)
+    pair.tie_weights()
+    assert shared(pair.policy)
+    assert shared(pair.reference)
+
+
 def test_packing_is_tried_on_a_base_whose_two_copies_do_not_differ_yet(base, monkeypatch):
     pair = new_model(base, HEAD, base_rate=0.3, seed=0)
     check_packing(plain_network(pair), vocabulary=250)

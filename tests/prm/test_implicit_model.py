@@ -29,7 +29,13 @@ from prm.remote import RemoteScorer
 from prm.score import ScoreConfig, Scorer, score
 from prm.train import STATE, train
 from tests.prm.loopback import serving
-from tests.prm.synthetic import make_rows, make_trajectory, small_config, write_label_folder
+from tests.prm.synthetic import (
+    make_rows,
+    make_trajectory,
+    make_turns,
+    small_config,
+    write_label_folder,
+)
 from trajectory.errors import InputError
 from trajectory.records import StepScores
 from trajectory.run import read_manifest, sha256_of
@@ -274,6 +280,16 @@ def test_scores_do_not_depend_on_padding_or_company(implicit_folder):
     for one, other in zip(together, alone, strict=True):
         assert one.values == pytest.approx(other.values, abs=1e-5)
     assert len({s.values[0] for s in together}) == 1
+
+
+def test_results_inside_a_turn_move_no_score(implicit_folder):
+    """Of two calls in one turn the first has the score of the turn, as `StepScores.calls` says."""
+    scorer = Scorer.load(implicit_folder, device="cpu")
+    (scores,) = scorer.score([make_turns("+-", "-++", task="several")])
+    assert [len(calls) for calls in scores.calls][:2] == [2, 3]
+    for calls, value in zip(scores.calls, scores.values[1:], strict=True):
+        assert calls == pytest.approx([value] * len(calls), abs=1e-7)
+    assert len(set(scores.values)) == len(scores.values)
 
 
 def test_files_are_scored_and_labels_evaluated(implicit_folder, tmp_path):
