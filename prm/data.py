@@ -128,8 +128,8 @@ def make_examples(
     Notes
     -----
     The value of a finished, judged trajectory is its outcome, known without rollouts. Where its
-    last prefix has none, the outcome stands in, with the weight of the trajectory's best measured
-    prefix (at least 1), so that the last score is trained like the others.
+    last prefix has none, the outcome stands in, with the mean weight of the trajectory's measured
+    prefixes (at least 1), so that the last score is trained like the others.
 
     All trajectories of a task begin in the same state, which is measured once and recorded with
     each of them. Only the first of those with equal counts carries it as a target; otherwise the
@@ -158,7 +158,8 @@ def _example(row: LabelledTrajectory, rendered: Rendered, *, mask_start: bool) -
         rollouts[0], correct[0], values[0] = 0, 0, None
     if outcome is not None:
         if rollouts[-1] == 0:
-            rollouts[-1] = max(1, *rollouts)
+            measured = [n for n in rollouts if n] or [1]
+            rollouts[-1] = round(sum(measured) / len(measured))
             correct[-1] = rollouts[-1] if outcome >= 0.5 else 0
         if values[-1] is None:
             values[-1] = outcome

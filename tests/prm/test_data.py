@@ -194,6 +194,14 @@ def test_a_finished_trajectory_without_rollouts_takes_its_outcome():
     assert (example.rollouts[-1], example.correct[-1]) == (8, 0)
 
 
+def test_a_known_end_weighs_as_much_as_the_measured_states_do_on_average():
+    row = label_row(make_trajectory("-"), "-", rollouts=8)
+    evidence = replace(row.evidence, rollouts=(8, 1, 0), correct=(3, 0, 0))
+    example = make_examples([replace(row, evidence=evidence)], TOKENIZER)[0]
+    assert example.rollouts == (8, 1, 4)  # (8 + 1) / 2, rounded to even
+    assert example.correct == (3, 0, 0)
+
+
 def test_a_cut_off_trajectory_has_no_target_at_its_end():
     cut = replace(make_trajectory("+"), stop=StopReason.MAX_STEPS, outcome=None, answer=None)
     row = label_row(cut, "+")
