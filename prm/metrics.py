@@ -304,11 +304,58 @@ def estimate(name: str, items: Items, *, resamples: int = 1000, seed: int = 0) -
     num_tasks = int(items.tasks.max()) + 1
     if num_tasks < 2:
         return Estimate(value=value, reason="one task only: no interval")
-    values_R = bootstrap(metric.weighted, items, resamples=resamples, seed=seed)
-    values_R = values_R[~np.isnan(values_R)]
-    if len(values_R) < 0.9 * resamples:
+    return _with_interval(value, bootstrap(metric.weighted, items, resamples=resamples, seed=seed))
+
+
+def estimate_difference(
+    name: str, items: Items, other: Items, *, resamples: int = 1000, seed: int = 0
+) -> Estimate:
+    """Compute by how much a metric of some scores exceeds that of others, both of the same items.
+
+    Parameters
+    ----------
+    name : str
+        Row of `METRICS`.
+    items, other : Items
+        The same targets, weights and tasks in the same order, scored in two ways.
+    resamples : int, default=1000
+        Bootstrap resamples of whole tasks, the same for both, so that the interval is of pairs.
+    seed : int, default=0
+        The same seed gives the same interval.
+
+    Returns
+    -------
+    Estimate
+        As `estimate` gives it.
+
+    Examples
+    --------
+    >>> tasks, targets = ["a", "b", "c"], [1, 0, 1]
+    >>> right = make_items([0.9, 0.2, 0.7], targets, tasks)
+    >>> half = make_items([0.9, 0.5, 0.1], targets, tasks)
+    >>> estimate_difference("auroc", right, half).value  # 1 - 1 / 2
+    0.5
+    """
+    metric = METRICS[name]
+    assert np.array_equal(items.targets, other.targets)
+    assert np.array_equal(items.tasks, other.tasks)
+    one, two = (estimate(name, i, resamples=resamples, seed=seed) for i in (items, other))
+    if one.value is None or two.value is None:
+        return Estimate(value=None, reason=one.reason or two.reason)
+    if one.low is None or two.low is None:
+        return Estimate(value=one.value - two.value, reason=one.reason or two.reason)
+    one_R, two_R = (
+        bootstrap(metric.weighted, i, resamples=resamples, seed=seed) for i in (items, other)
+    )
+    return _with_interval(one.value - two.value, one_R - two_R)
+
+
+def _with_interval(value: float, values_R: Array) -> Estimate:
+    """Add the middle 95 % of resampled values, if enough of them are defined."""
+    defined = values_R[~np.isnan(values_R)]
+    if len(defined) < 0.9 * len(values_R):
         return Estimate(value=value, reason="undefined in over a tenth of the resamples")
-    low, high = np.quantile(values_R, [0.025, 0.975])
+    low, high = np.quantile(defined, [0.025, 0.975])
     return Estimate(value=value, low=float(low), high=float(high))
 
 

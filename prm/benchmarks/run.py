@@ -33,7 +33,7 @@ from prm.benchmarks.arms import (
 from prm.benchmarks.pools import read_pools
 from prm.benchmarks.steps import Bootstrap
 from prm.checkpoint import load_metadata, load_tasks
-from prm.metrics import Estimate, show_estimate
+from prm.metrics import Estimate, estimate_difference, show_estimate
 from prm.model import Device
 from prm.reliability import draw_reliability
 from prm.score import Scorer
@@ -307,6 +307,19 @@ def _report(
             found |= runs.choose(loaded.cases, scores, loaded.answers, bootstrap)
         figures[name] = {figure: asdict(value) for figure, value in found.items()}
     report: dict[str, JsonValue] = {"arms": figures}
+    report["step_auroc_above"] = {
+        name: asdict(
+            estimate_difference(
+                "auroc",
+                labelled_items(loaded.cases, arms[PRM]),
+                labelled_items(loaded.cases, scores),
+                resamples=bootstrap.resamples,
+                seed=bootstrap.seed,
+            )
+        )
+        for name, scores in arms.items()
+        if name != PRM
+    }
     if choosing:
         without = runs.choose_without_scores(loaded.cases, loaded.answers, bootstrap)
         report["choices"] = {name: asdict(value) for name, value in without.items()}
@@ -331,6 +344,11 @@ def _print(report: Mapping[str, JsonValue], out: Path) -> None:
     for figure in first:
         cells = [arm.get(figure) if isinstance(arm, dict) else None for arm in arms.values()]
         table.add_row(figure.replace("_", " "), *(show_estimate(cell) for cell in cells))
+    table.add_section()
+    above = report["step_auroc_above"]
+    assert isinstance(above, dict)
+    differences = [show_estimate(above[arm]) if arm in above else "" for arm in arms]
+    table.add_row("PRM's step auroc above it", *differences)
     choices = report.get("choices")
     if isinstance(choices, dict):
         table.add_section()

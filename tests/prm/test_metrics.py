@@ -5,7 +5,17 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from prm.metrics import METRICS, Items, brier, ece, equal_mass_bins, estimate, make_items, nll
+from prm.metrics import (
+    METRICS,
+    Items,
+    brier,
+    ece,
+    equal_mass_bins,
+    estimate,
+    estimate_difference,
+    make_items,
+    nll,
+)
 
 
 def items_of(scores, targets, tasks=None, weights=None):
@@ -123,3 +133,32 @@ def test_the_same_seed_gives_the_same_interval():
     items = correlated_items(30, 2)
     assert estimate("auroc", items, seed=3) == estimate("auroc", items, seed=3)
     assert estimate("auroc", items, seed=3).low != estimate("auroc", items, seed=4).low
+
+
+def test_the_difference_of_equal_scores_is_zero_without_spread():
+    rng = np.random.default_rng(0)
+    scores, targets = rng.random(60), rng.integers(0, 2, 60)
+    items = make_items(scores, targets, [str(n // 3) for n in range(60)])
+    found = estimate_difference("auroc", items, items)
+    assert (found.value, found.low, found.high) == (0, 0, 0)
+
+
+def test_the_interval_of_a_difference_is_of_pairs():
+    # Scores that differ by little noise: each alone is uncertain, their difference is not.
+    rng = np.random.default_rng(1)
+    targets = rng.integers(0, 2, 300)
+    scores = targets + rng.normal(0, 2, 300)
+    tasks = [str(n // 3) for n in range(300)]
+    one, two = (make_items(s, targets, tasks) for s in (scores, scores + rng.normal(0, 0.1, 300)))
+    single, found = estimate("auroc", one), estimate_difference("auroc", one, two)
+    assert found.low <= found.value <= found.high
+    assert found.high - found.low < 0.2 * (single.high - single.low)
+
+
+def test_a_difference_of_something_undefined_has_its_reason():
+    items = make_items([0.1, 0.2], [1, 1], ["a", "b"])
+    assert estimate_difference("auroc", items, items).reason == estimate("auroc", items).reason
+    single = make_items([0.1, 0.2], [1, 0], ["a", "a"])
+    found = estimate_difference("auroc", single, single)
+    assert (found.value, found.low) == (0, None)
+    assert "one task only" in found.reason
