@@ -115,17 +115,23 @@ def test_cancelled_requests_end_on_the_servers_too(engine, servers):
         while count(servers, "num_requests_running") < 8:
             assert not all(task.done() for task in asking), "too fast to be cancelled"
             await asyncio.sleep(0.02)
+        done = count(servers, "generation_tokens_total")
         for task in asking:
             task.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
         # The servers count when they compute, so each gets something to do.
         small = [replace(request([3, n]), affinity=str(n)) for n in range(20)]
-        return await asyncio.gather(*(engine.generate(one) for one in small))
+        return done, await asyncio.gather(*(engine.generate(one) for one in small))
 
-    assert [len(turn.token_ids) for turn in asyncio.run(main())] == [20] * 20
+    done, turns = asyncio.run(main())
+    assert [len(turn.token_ids) for turn in turns] == [20] * 20
+    deadline = time.monotonic() + 60
     while count(servers, "num_requests_running"):
+        assert time.monotonic() < deadline, "requests that were cancelled still run"
         time.sleep(0.1)
-    assert count(servers, "generation_tokens_total") - before < 32 * 450 / 2
+    # How much was done before the requests were cancelled depends on the machine, not on them.
+    left = 32 * 450 - (done - before)
+    assert count(servers, "generation_tokens_total") - done - 20 * 20 < left / 2
 
 
 def count(servers, name: str) -> float:
