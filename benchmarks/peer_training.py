@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from prm.data import Example, collate, group_by_length
+from prm.data import Example, collate
 from prm.heads import get_head
 from prm.model import open_tokenizer, quiet_transformers
+from prm.plan import group_by_length
 
 Job = dict[str, Any]
 

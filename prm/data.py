@@ -1,4 +1,4 @@
-"""Rendered trajectories to examples with targets; batches by token budget.
+"""Rendered trajectories to examples with targets, and examples to the tensors of a batch.
 
 Rows are never cut: one that is too long is an error or dropped and counted.
 
@@ -15,7 +15,6 @@ Dimension letters beside the project's own: P scored positions.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -26,7 +25,6 @@ from transformers import PreTrainedTokenizerBase
 from prm.rendering import Position, Rendered, render
 from trajectory.errors import InputError
 from trajectory.records import LabelledTrajectory
-from trajectory.seeds import derive_seed
 
 OnLong = Literal["error", "drop"]
 
@@ -217,6 +215,32 @@ def places(example: Example, targets: Targets, *, inner: bool) -> list[Place]:
     return found
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Scored:
+    """The scored positions of examples, in their order and that of their tokens."""
+
+    rows_P: torch.Tensor
+    """Which example each belongs to."""
+    columns_P: torch.Tensor
+    """Its token index there."""
+    targets_P: torch.Tensor
+    weights_P: torch.Tensor
+
+
+def gather_scored(
+    examples: Sequence[Example], target: Callable[[Example], Targets], *, inner: bool
+) -> Scored:
+    """Gather the scored positions of examples and their targets (see `places`)."""
+    found = [places(e, target(e), inner=inner) for e in examples]
+    flat = [(row, place) for row, row_places in enumerate(found) for place in row_places]
+    return Scored(
+        rows_P=torch.tensor([row for row, _ in flat]),
+        columns_P=torch.tensor([place.column for _, place in flat]),
+        targets_P=torch.tensor([place.target for _, place in flat], dtype=torch.float32),
+        weights_P=torch.tensor([place.weight for _, place in flat], dtype=torch.float32),
+    )
+
+
 def keep_short(
     examples: Sequence[Example], *, max_length: int, on_long: OnLong
 ) -> tuple[list[Example], int]:
@@ -243,70 +267,6 @@ def keep_short(
     return [e for e in examples if len(e.input_ids) <= max_length], len(long)
 
 
-def plan_steps(
-    lengths: Sequence[int],
-    *,
-    step_tokens: int,
-    batch_tokens: int,
-    seed: int,
-    group: Callable[..., list[list[int]]] | None = None,
-) -> list[list[list[int]]]:
-    """Cut a shuffled epoch into optimizer steps, and each step into padded batches.
-
-    Parameters
-    ----------
-    lengths : sequence of int
-        Tokens of each example.
-    step_tokens : int
-        Real tokens of one optimizer step, about; the last step may be smaller.
-    batch_tokens : int
-        Most padded tokens of one forward pass; a longer single example is a batch of its own.
-    seed : int
-        Decides the shuffle; the same seed gives the same plan.
-    group : callable, optional
-        Cuts a step into batches; None is `group_by_length`.
-
-    Returns
-    -------
-    list of list of list of int
-        Example indices, per optimizer step, per batch. Every example is used exactly once. Steps
-        are random; only inside a step are examples grouped by length, so gradients stay unbiased.
-    """
-    order = list(range(len(lengths)))
-    random.Random(derive_seed("prm-epoch", seed)).shuffle(order)  # noqa: S311 - not security
-    steps: list[list[int]] = [[]]
-    tokens = 0
-    for index in order:
-        if steps[-1] and tokens + lengths[index] > step_tokens:
-            steps.append([])
-            tokens = 0
-        steps[-1].append(index)
-        tokens += lengths[index]
-    cut = group or group_by_length
-    return [cut(step, lengths, batch_tokens=batch_tokens) for step in steps if step]
-
-
-def group_by_length(
-    indices: Sequence[int], lengths: Sequence[int], *, batch_tokens: int
-) -> list[list[int]]:
-    """Pack examples of similar length into batches of at most ``batch_tokens`` padded tokens.
-
-    Examples
-    --------
-    >>> group_by_length([0, 1, 2, 3], [5, 1, 2, 5], batch_tokens=10)
-    [[0, 3], [2, 1]]
-    """
-    batches: list[list[int]] = []
-    for index in sorted(indices, key=lambda i: (-lengths[i], i)):
-        # The first of a batch is its longest, so it decides the padded width.
-        fits = batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= batch_tokens
-        if fits:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
-
-
 def collate(
     examples: Sequence[Example],
     target: Callable[[Example], Targets],
@@ -319,16 +279,15 @@ def collate(
 
     With ``written``, the batch also says which tokens the agent wrote.
     """
-    scored = [places(e, target(e), inner=inner) for e in examples]
-    flat = [(row, place) for row, found in enumerate(scored) for place in found]
+    scored = gather_scored(examples, target, inner=inner)
     input_ids_BT, attention_mask_BT = pad([e.input_ids for e in examples], pad_id=pad_id)
     return Batch(
         input_ids_BT=input_ids_BT,
         attention_mask_BT=attention_mask_BT,
-        rows_P=torch.tensor([row for row, _ in flat]),
-        columns_P=torch.tensor([place.column for _, place in flat]),
-        targets_P=torch.tensor([place.target for _, place in flat], dtype=torch.float32),
-        weights_P=torch.tensor([place.weight for _, place in flat], dtype=torch.float32),
+        rows_P=scored.rows_P,
+        columns_P=scored.columns_P,
+        targets_P=scored.targets_P,
+        weights_P=scored.weights_P,
         written_BT=mark_written(examples, input_ids_BT) if written else None,
     )
 

@@ -11,8 +11,9 @@ from typing import Literal, Protocol
 
 from torch import nn
 
-from prm.data import Batch, Example, Targets, collate, group_by_length, plan_steps
+from prm.data import Batch, Example, Targets, collate
 from prm.packing import check_packing, collate_packed, group_packed
+from prm.plan import group_by_length, plan_steps
 from prm.prefix_tree import check_prefix_sharing, collate_tree, group_trees, plan_trees, tree_size
 
 Packing = Literal["none", "rows", "prefixes"]

@@ -270,6 +270,9 @@ METRICS: dict[str, Metric] = {
 }
 
 
+_ONE_TASK = "one task only: no interval"
+
+
 def estimate(name: str, items: Items, *, resamples: int = 1000, seed: int = 0) -> Estimate:
     """Compute a metric with its 95 % cluster-bootstrap interval.
 
@@ -297,13 +300,12 @@ def estimate(name: str, items: Items, *, resamples: int = 1000, seed: int = 0) -
     1.0
     """
     metric = METRICS[name]
-    reason = "no items" if len(items) == 0 else metric.undefined(items)
+    reason = _why_undefined(metric, items)
     if reason is not None:
         return Estimate(value=None, reason=reason)
     value = metric.point(items)
-    num_tasks = int(items.tasks.max()) + 1
-    if num_tasks < 2:
-        return Estimate(value=value, reason="one task only: no interval")
+    if _num_tasks(items) < 2:
+        return Estimate(value=value, reason=_ONE_TASK)
     return _with_interval(value, bootstrap(metric.weighted, items, resamples=resamples, seed=seed))
 
 
@@ -339,15 +341,26 @@ def estimate_difference(
     metric = METRICS[name]
     assert np.array_equal(items.targets, other.targets)
     assert np.array_equal(items.tasks, other.tasks)
-    one, two = (estimate(name, i, resamples=resamples, seed=seed) for i in (items, other))
-    if one.value is None or two.value is None:
-        return Estimate(value=None, reason=one.reason or two.reason)
-    if one.low is None or two.low is None:
-        return Estimate(value=one.value - two.value, reason=one.reason or two.reason)
+    reason = _why_undefined(metric, items) or _why_undefined(metric, other)
+    if reason is not None:
+        return Estimate(value=None, reason=reason)
+    value = metric.point(items) - metric.point(other)
+    if _num_tasks(items) < 2:
+        return Estimate(value=value, reason=_ONE_TASK)
     one_R, two_R = (
         bootstrap(metric.weighted, i, resamples=resamples, seed=seed) for i in (items, other)
     )
-    return _with_interval(one.value - two.value, one_R - two_R)
+    return _with_interval(value, one_R - two_R)
+
+
+def _why_undefined(metric: Metric, items: Items) -> str | None:
+    """Say why a metric has no value, if it has none."""
+    return "no items" if len(items) == 0 else metric.undefined(items)
+
+
+def _num_tasks(items: Items) -> int:
+    """Count the tasks that are resampled."""
+    return int(items.tasks.max()) + 1
 
 
 def _with_interval(value: float, values_R: Array) -> Estimate:
@@ -362,7 +375,7 @@ def _with_interval(value: float, values_R: Array) -> Estimate:
 def bootstrap(weighted: Weighted, items: Items, *, resamples: int, seed: int) -> Array:
     """Resample tasks with replacement and return the metric of each resample, shape (R,)."""
     rng = np.random.default_rng(seed)
-    num_tasks = int(items.tasks.max()) + 1
+    num_tasks = _num_tasks(items)
     draws_RK = rng.multinomial(num_tasks, np.full(num_tasks, 1 / num_tasks), size=resamples)
     chunk = max(1, _CHUNK // len(items))
     parts = []

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from prm.data import Batch, Example, Targets, mark_written, pad, places
+from prm.data import Batch, Example, Targets, gather_scored, mark_written, pad
 from trajectory.errors import InputError
 
 _PROBE = (5, 3, 4)
@@ -111,17 +111,16 @@ def collate_packed(
         ids.append(row)
         positions.append([*numbered, *range(width - len(row))])
     input_ids_BT, attention_mask_BT = pad(ids, pad_id=pad_id)
-    scored = [places(e, target(e), inner=inner) for e in examples]
-    flat = [(row, place) for row, found in enumerate(scored) for place in found]
+    scored = gather_scored(examples, target, inner=inner)
     starts = list(zip(line_of, start_of, strict=True))
     return Batch(
         input_ids_BT=input_ids_BT,
         attention_mask_BT=attention_mask_BT,
-        rows_P=torch.tensor([row for row, _ in flat]),
-        columns_P=torch.tensor([start_of[row] + place.column for row, place in flat]),
-        targets_P=torch.tensor([place.target for _, place in flat], dtype=torch.float32),
-        weights_P=torch.tensor([place.weight for _, place in flat], dtype=torch.float32),
-        lines_P=torch.tensor([line_of[row] for row, _ in flat]),
+        rows_P=scored.rows_P,
+        columns_P=torch.tensor(start_of)[scored.rows_P] + scored.columns_P,
+        targets_P=scored.targets_P,
+        weights_P=scored.weights_P,
+        lines_P=torch.tensor(line_of)[scored.rows_P],
         position_ids_BT=torch.tensor(positions),
         written_BT=mark_written(examples, input_ids_BT, starts=starts) if written else None,
     )

@@ -4,7 +4,7 @@ Rows that branch off each other (candidates for one step, rollouts of one state,
 task) repeat their prefix token by token. In a batch made here they form a tree: a token attends to
 its ancestors and to nothing else, and its position id is its depth, so every row gets the logits it
 would get alone, and the loss and gradient are the same. Of PRM800K phase 1, whose rated steps are
-the leaves of trees, a pass then reads about a tenth of the tokens.
+the leaves of trees, an epoch then reads a fourteenth of the tokens (docs/results/prm_speed.md).
 
 A batch is one line of tokens with an attention mask of its own, which only a causal model under
 PyTorch's scaled-dot-product attention follows: `check_prefix_sharing` finds out by running the base
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from prm.data import Batch, Example, Targets, mark_written, places
+from prm.data import Batch, Example, Targets, gather_scored, mark_written
 from trajectory.errors import InputError
 from trajectory.seeds import derive_seed
 
@@ -214,16 +214,16 @@ def collate_tree(
     """
     del pad_id
     tree, written_T = _merge_written(examples) if written else (_merge(examples), None)
-    scored = [places(e, target(e), inner=inner) for e in examples]
-    flat = [(row, place) for row, found in enumerate(scored) for place in found]
+    scored = gather_scored(examples, target, inner=inner)
+    pairs = zip(scored.rows_P.tolist(), scored.columns_P.tolist(), strict=True)
     return Batch(
         input_ids_BT=torch.tensor([tree.input_ids]),
         attention_mask_BT=torch.ones(1, len(tree.input_ids), dtype=torch.long),
-        rows_P=torch.tensor([row for row, _ in flat]),
-        columns_P=torch.tensor([tree.columns[row][place.column] for row, place in flat]),
-        targets_P=torch.tensor([place.target for _, place in flat], dtype=torch.float32),
-        weights_P=torch.tensor([place.weight for _, place in flat], dtype=torch.float32),
-        lines_P=torch.zeros(len(flat), dtype=torch.long),
+        rows_P=scored.rows_P,
+        columns_P=torch.tensor([tree.columns[row][column] for row, column in pairs]),
+        targets_P=scored.targets_P,
+        weights_P=scored.weights_P,
+        lines_P=torch.zeros_like(scored.rows_P),
         position_ids_BT=torch.tensor([tree.depths]),
         ancestors_TT=ancestor_mask(tree.parents),
         written_BT=None if written_T is None else torch.tensor([written_T]),

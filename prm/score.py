@@ -17,10 +17,11 @@ import torch
 from prm import calibrate
 from prm.aggregations import AGGREGATIONS, aggregate
 from prm.checkpoint import Checkpoint, Metadata, load_checkpoint
-from prm.data import Batch, group_by_length, mark_written, pad
+from prm.data import Batch, mark_written, pad
 from prm.heads import Kind
 from prm.metrics import Array
 from prm.model import Device, context_length, logits_at, pick_device, to_device
+from prm.plan import group_by_length
 from prm.rendering import Position, Rendered, render
 from trajectory.errors import InputError
 from trajectory.progress import progress

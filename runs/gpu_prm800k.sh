@@ -16,7 +16,7 @@ run() {
     "$@"
 }
 
-# Rated steps are the leaves of trees: with --packing prefixes a pass reads about a twentieth of the tokens.
+# Rated steps are the leaves of trees: with --packing prefixes an epoch reads a fourteenth of the tokens.
 train=(prm train --model "$base" --head binary --neutral good --lora-rank 32 --packing prefixes
     --max-length 2048 --on-long drop --step-tokens 16384 --batch-tokens 4096 --device "${DEVICE:-cuda}")
 split=(python -m benchmarks public-split --data "$data/prm800k_phase1/train_plus.jsonl.gz"

@@ -5,18 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prm.data import (
-    Example,
-    Targets,
-    collate,
-    group_by_length,
-    keep_short,
-    make_examples,
-    pad,
-    places,
-    plan_steps,
-)
+from prm.data import Example, Targets, collate, keep_short, make_examples, pad, places
 from prm.heads import HEADS
+from prm.plan import group_by_length, plan_steps
 from prm.rendering import render
 from tests.prm.synthetic import label_row, make_example, make_tokenizer, make_trajectory
 from trajectory.errors import InputError
